@@ -1,0 +1,1 @@
+"""What a run is: the composed config, its presets and how they are loaded."""

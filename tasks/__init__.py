@@ -1,0 +1,1 @@
+"""One retryable unit of work each: Prefect tasks, storage, the trainer's process."""

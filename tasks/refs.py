@@ -1,0 +1,34 @@
+"""Refs: the small records that cross a task boundary instead of arrays. Each names files and carries their digest."""
+
+from typing import Any
+
+from trainer.config import Config
+
+
+class DataRef(Config):
+    """Prepared data: a directory with `manifest.json`, shards and the tokenizer."""
+
+    path: str  # absolute path of the directory
+    digest: str  # sha256 of everything that went in
+
+
+class CheckpointRef(Config):
+    """A committed checkpoint of a run."""
+
+    step: int
+    manifest_crc32c: str  # of MANIFEST.json, which names every file with its own
+
+
+class PublishedRef(Config):
+    """A verified copy of a checkpoint."""
+
+    step: int
+    url: str
+
+
+class Report(Config):
+    """What an evaluation found: values of one split at one step."""
+
+    step: int  # of the weights that were evaluated
+    split: str
+    values: dict[str, Any]

@@ -1,0 +1,137 @@
+"""Metrics as small pytrees with three operations: make, merge, compute.
+
+A step gives per key a scalar or `{value, count, log_modes}`. `merge` is associative, so a metric may be merged over
+microbatches or steps in any grouping. Sums are kept as pairs (high, low) of float32, so that a count of tokens stays
+exact far beyond 2^31 and a small addend is not lost in a large sum.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+POSTFIX = {"mean": "_mean", "mean_nopostfix": "", "single": "_single", "max": "_max", "min": "_min", "std": "_std", "sum": "_sum"}
+
+
+@jax.tree_util.register_static
+class Modes(tuple):
+    """The log modes of one metric: static under jit."""
+
+
+def zero_sum() -> tuple[Array, Array]:
+    """The empty sum."""
+    return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+
+
+def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The sum of two pairs; error-free addition of the high parts (Knuth, TAOCP 2, section 4.2.2, theorem B)."""
+    s = a[0] + b[0]
+    t = s - a[0]
+    error = (a[0] - (s - t)) + (b[0] - t)
+    low = error + a[1] + b[1]
+    high = s + low
+    return high, low - (high - s)
+
+
+def lift(x: Any) -> tuple[Array, Array]:
+    """A scalar as a pair; integers up to 2^48 exactly."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        coarse = (x >> 16) << 16
+        return add((coarse.astype(jnp.float32), jnp.zeros((), jnp.float32)), ((x - coarse).astype(jnp.float32), jnp.zeros((), jnp.float32)))
+    return x.astype(jnp.float32), jnp.zeros((), jnp.float32)
+
+
+def parse(metrics: Mapping[str, Any], default_modes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What a loss function returned, as `{key: {value, count, modes}}` with pairs for value and count.
+
+    Raises ValueError for a value that is no scalar, or an unknown mode.
+    """
+    out = {}
+    for key, entry in metrics.items():
+        given: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {"value": entry}
+        modes = Modes(given.get("log_modes") or default_modes)
+        if unknown := [m for m in modes if m not in POSTFIX]:
+            raise ValueError(f"metric {key!r}: log mode {unknown[0]!r} is none of {', '.join(POSTFIX)}")
+        if jnp.ndim(given["value"]):
+            raise ValueError(f"metric {key!r} has shape {jnp.shape(given['value'])}; a metric is a scalar")
+        if "/" in key:
+            raise ValueError(f"metric name {key!r} has a '/' in it; use '_'")
+        out[key] = {"value": lift(given["value"]), "count": lift(given.get("count", 1)), "modes": modes}
+    return out
+
+
+def merge_batch(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of two microbatches as those of their union: values and counts add."""
+    return {k: {"value": add(a[k]["value"], b[k]["value"]), "count": add(a[k]["count"], b[k]["count"]), "modes": a[k]["modes"]} for k in a}
+
+
+def window_of(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A logging window that holds one step."""
+    one = (jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
+    out: dict[str, Any] = {}
+    for key, m in step.items():
+        mean = m["value"][0] / m["count"][0]
+        w: dict[str, Any] = {"modes": m["modes"]}
+        if {"mean", "mean_nopostfix", "sum"} & set(m["modes"]):
+            w |= {"value": m["value"], "count": m["count"]}
+        if "single" in m["modes"]:
+            w["single"] = mean
+        if "max" in m["modes"]:
+            w["max"] = mean
+        if "min" in m["modes"]:
+            w["min"] = mean
+        if "std" in m["modes"]:
+            w |= {"steps": one, "center": mean, "spread": jnp.zeros((), jnp.float32)}
+        out[key] = w
+    return out
+
+
+def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Two windows, `a` the earlier, as one. Variances by Chan, Golub and LeVeque 1983, eq. 2.1."""
+    out = {}
+    for key, x in a.items():
+        y = b[key]
+        w = {"modes": x["modes"]}
+        for sums in ("value", "count"):
+            if sums in x:
+                w[sums] = add(x[sums], y[sums])
+        if "single" in x:
+            w["single"] = y["single"]
+        if "max" in x:
+            w["max"] = jnp.maximum(x["max"], y["max"])
+        if "min" in x:
+            w["min"] = jnp.minimum(x["min"], y["min"])
+        if "steps" in x:
+            n, m = x["steps"][0], y["steps"][0]
+            delta = y["center"] - x["center"]
+            w["steps"] = add(x["steps"], y["steps"])
+            w["center"] = x["center"] + delta * (m / (n + m))
+            w["spread"] = x["spread"] + y["spread"] + delta * delta * (n * m / (n + m))
+        out[key] = w
+    return out
+
+
+def _number(pair: Any) -> float:
+    return float(np.float64(pair[0]) + np.float64(pair[1]))
+
+
+def compute(window: Mapping[str, Any]) -> dict[str, float]:
+    """Host values of a window (arrays on the host). A mean over nothing is NaN: it should be seen, not hidden."""
+    out = {}
+    for key, w in window.items():
+        for mode in w["modes"]:
+            if mode in ("mean", "mean_nopostfix"):
+                count = _number(w["count"])
+                value = _number(w["value"]) / count if count else float("nan")
+            elif mode == "sum":
+                value = _number(w["value"])
+            elif mode == "std":
+                value = float(np.sqrt(np.float64(w["spread"]) / _number(w["steps"])))
+            else:
+                value = float(w[mode])
+            out[key + POSTFIX[mode]] = value
+    return out

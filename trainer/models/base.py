@@ -1,0 +1,32 @@
+"""What the trainer needs of a model: parameters from a key, outputs from parameters, names for the dims of both.
+
+Only this folder knows how models are written (Flax linen). The trainer sees three functions, and shards by the *logical*
+names of dims (`embed`, `heads`, `mlp`, `vocab`, ...), which the mesh's rules turn into mesh axes.
+"""
+
+from typing import Any, Protocol
+
+from ..config import PartConfig
+
+Variables = dict[str, Any]  # {"params": tree, "<collection>": tree, ...}
+
+
+class Model(Protocol):
+    """A model, as the trainer sees it. Stateless."""
+
+    def init(self, rngs: dict[str, Any], inputs: Any) -> Variables:
+        """New variables (arrays without boxes) for `inputs` of the shapes to come."""
+
+    def apply(self, variables: Variables, inputs: Any, **kwargs: Any) -> Any:
+        """The outputs; with `mutable=[...]` a pair (outputs, updated collections)."""
+
+    def logical_axes(self, inputs: Any) -> Variables:
+        """For each variable a tuple with one logical name or None per dim, as a tree of the variables' structure."""
+
+
+class ModelConfig(PartConfig):
+    """Base of model configs. `build` returns a Model and allocates nothing."""
+
+    def build(self) -> Model:
+        """The model this config describes."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to build its model")

@@ -1,0 +1,71 @@
+"""The loss and metrics that `lm.py` configures.
+
+The loss is returned as (sum over tokens, number of tokens), so that microbatches and devices with unequal numbers of
+tokens are weighted by what they hold.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from ..state import model_rngs
+
+if TYPE_CHECKING:
+    from .lm import LMObjectiveConfig
+
+
+class LMObjective:
+    """Loss in nats per token; `accuracy`, `loss` and token statistics as metrics."""
+
+    def __init__(self, config: "LMObjectiveConfig"):
+        self.config = config
+
+    def inputs(self, batch: Any) -> Any:
+        """`tokens`, `segment_ids` and `positions` of a batch, each (batch, seq) int32."""
+        return {"tokens": batch["inputs"], "segment_ids": batch["segment_ids"], "positions": batch["positions"]}
+
+    def loss(self, params: Any, apply_fn: Any, batch: Any, rng: Any, train: bool) -> tuple[Any, tuple[dict, dict]]:
+        """`((sum of losses, tokens), (metrics, mutable))` over the tokens whose segment is not 0."""
+        variables = params if "params" in params else {"params": params}
+        collections = [k for k in variables if k != "params"] if train else []
+        logits, mutable = apply_fn(
+            variables,
+            self.inputs(batch),
+            train=train,
+            rngs={"dropout": model_rngs(rng)["dropout"]} if train else None,
+            mutable=[*collections, "intermediates"],
+        )
+        mutable = dict(mutable)
+        logits = logits.astype(jnp.float32)
+        mask = batch["segment_ids"] != 0
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+        nll = jnp.where(mask, log_z - chosen, 0.0)
+        tokens = jnp.sum(mask, dtype=jnp.int32)
+        total = jnp.sum(nll)
+        right = jnp.sum(mask & (jnp.argmax(logits, axis=-1) == batch["targets"]), dtype=jnp.int32)
+        metrics = {
+            "loss": {"value": total, "count": tokens},
+            "accuracy": {"value": right, "count": tokens},
+            "tokens": {"value": tokens, "log_modes": ("sum",)},
+            "token_utilization": {"value": tokens, "count": mask.size},
+        }
+        if self.config.log_logit_stats:
+            metrics |= self._logit_stats(logits, mask, tokens)
+        if self.config.z_loss:
+            penalty = self.config.z_loss * jnp.sum(jnp.where(mask, log_z**2, 0.0))
+            metrics["z_loss"] = {"value": penalty, "count": tokens}
+            if train:
+                total = total + penalty
+        return (total, tokens), (metrics, mutable)
+
+    @staticmethod
+    def _logit_stats(logits: Any, mask: Any, tokens: Any) -> dict[str, Any]:
+        kept = mask[..., None]
+        squares = jnp.sum(jnp.where(kept, logits**2, 0.0), axis=-1)
+        return {
+            "logits_norm": {"value": jnp.sum(jnp.sqrt(squares)), "count": tokens},
+            "logits_std": {"value": jnp.sum(jnp.where(mask, jnp.std(logits, axis=-1), 0.0)), "count": tokens},
+            "logits_max": {"value": jnp.max(jnp.where(kept, logits, -jnp.inf)), "log_modes": ("max",)},
+        }

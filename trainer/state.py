@@ -1,0 +1,67 @@
+"""The state of a training: everything that a step reads and writes, and nothing else.
+
+There is no random key in it: keys are functions of (seed, step), so there is no random state to lose.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .mesh import param_shardings, replicated
+from .models.base import Model
+from .optimizers.base import Optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """`step` counts completed updates (int32 scalar); `mutable` holds the model's other collections, if any."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    mutable: dict[str, Any]
+
+    def replace(self, **changes: Any) -> "TrainState":
+        """A copy with `changes`."""
+        return replace(self, **changes)
+
+
+def step_key(seed: int, step: Any) -> jax.Array:
+    """The key of everything random in the step after `step` completed ones."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def model_rngs(key: jax.Array) -> dict[str, jax.Array]:
+    """One key each for parameters and dropout."""
+    params, dropout = jax.random.split(key)
+    return {"params": params, "dropout": dropout}
+
+
+def make_init(model_init: Any, optimizer: Optimizer, inputs: Any, *, seed: int) -> Any:
+    """A function of nothing that makes the state of step 0; to be jitted with the state's shardings.
+
+    `model_init(inputs, key)` gives the model's variables; `inputs` may be shapes.
+    """
+
+    def init() -> TrainState:
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+        variables = dict(model_init(blank, jax.random.key(seed)))
+        params = variables.pop("params")
+        variables.pop("intermediates", None)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), variables)
+
+    return init
+
+
+def state_shardings(mesh: Any, shapes: TrainState, model: Model, inputs: Any, *, optimizer: Optimizer, fsdp_min_size: int) -> Any:
+    """The sharding of each array of a state: parameters by their logical axes, optimizer statistics like their parameters."""
+    import optax
+
+    axes = model.logical_axes(inputs)
+    whole = replicated(mesh)
+    params = param_shardings(mesh, shapes.params, axes["params"], fsdp_min_size=fsdp_min_size)
+    opt_state = optax.tree_map_params(optimizer.tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole)
+    return shapes.replace(step=whole, params=params, opt_state=opt_state, mutable=jax.tree.map(lambda _: whole, shapes.mutable))
