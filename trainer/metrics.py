@@ -90,9 +90,20 @@ def window_of(step: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Two windows, `a` the earlier, as one. Variances by Chan, Golub and LeVeque 1983, eq. 2.1."""
-    out = {}
+def identity(like: Mapping[str, Any]) -> dict[str, Any]:
+    """The window that holds no step, of the structure of `like` (arrays or shapes)."""
+    start = {"max": -np.inf, "min": np.inf}
+    return {
+        k: {name: jax.tree.map(lambda x, n=name: jnp.full(x.shape, start.get(n, 0.0), x.dtype), v) for name, v in w.items()}
+        for k, w in like.items()
+    }
+
+
+def merge(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> dict[str, Any]:
+    """Two windows, `a` the earlier, as one; None is no window. Variances by Chan, Golub and LeVeque 1983, eq. 2.1."""
+    if a is None:
+        return dict(b)
+    out: dict[str, Any] = {}
     for key, x in a.items():
         y = b[key]
         w = {"modes": x["modes"]}

@@ -27,15 +27,8 @@ class LMObjective:
 
     def loss(self, params: Any, apply_fn: Any, batch: Any, rng: Any, train: bool) -> tuple[Any, tuple[dict, dict]]:
         """`((sum of losses, tokens), (metrics, mutable))` over the tokens whose segment is not 0."""
-        variables = params if "params" in params else {"params": params}
-        collections = [k for k in variables if k != "params"] if train else []
-        logits, mutable = apply_fn(
-            variables,
-            self.inputs(batch),
-            train=train,
-            rngs={"dropout": model_rngs(rng)["dropout"]} if train else None,
-            mutable=[*collections, "intermediates"],
-        )
+        rngs = {"dropout": model_rngs(rng)["dropout"]} if train else None
+        logits, mutable = apply_fn({"params": params}, self.inputs(batch), train=train, rngs=rngs, mutable=["intermediates"])
         mutable = dict(mutable)
         logits = logits.astype(jnp.float32)
         mask = batch["segment_ids"] != 0

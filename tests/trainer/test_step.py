@@ -1,0 +1,146 @@
+"""Step and loop: the gradient of the whole batch, nothing poisoned, windows independent of where a life began."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer import loop, metrics
+from trainer.config import TrainerConfig
+from trainer.errors import DataError, DivergedError
+from trainer.evaluate import evaluate
+from trainer.models import LlamaConfig
+from trainer.objectives import LMObjectiveConfig
+from trainer.optimizers import AdamWConfig, ScheduleConfig
+from trainer.state import TrainState, make_init, model_rngs
+from trainer.step import empty_window, make_eval_step, make_train_step
+
+MODEL = LlamaConfig(vocab_size=17, width=16, num_layers=1, num_heads=2).build()
+LOSS = LMObjectiveConfig().build().loss
+OPTIMIZER = AdamWConfig(schedule=ScheduleConfig(lr=1e-2, warmup_steps=4)).build(num_steps=40)
+
+
+def batch_of(step, *, rows=8, seq=6):
+    """Rows of a counting language with more padding the lower the row, so that microbatches hold unequal numbers of tokens."""
+    rng = np.random.default_rng(step)
+    first = rng.integers(0, 17, (rows, 1))
+    inputs = (first + np.arange(seq)) % 17
+    real = np.arange(seq) < rng.integers(1, seq + 1, (rows, 1))
+    return {
+        "inputs": jnp.asarray(inputs, jnp.int32),
+        "targets": jnp.asarray((inputs + 1) % 17, jnp.int32),
+        "segment_ids": jnp.asarray(real, jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (rows, seq)),
+    }
+
+
+@functools.cache
+def initial() -> TrainState:
+    inputs = {k: jax.ShapeDtypeStruct((8, 6), jnp.int32) for k in ("tokens", "segment_ids", "positions")}
+    return jax.jit(make_init(lambda x, key: MODEL.init(model_rngs(key), x), OPTIMIZER, inputs, seed=0))()
+
+
+def fresh() -> TrainState:
+    """The state of step 0; nothing here donates it."""
+    return initial()
+
+
+@functools.cache
+def stepper(loss=LOSS, **config):
+    step = make_train_step(loss, MODEL.apply, OPTIMIZER, TrainerConfig(**config))
+    return jax.jit(step), empty_window(step, fresh(), batch=batch_of(0))
+
+
+def rows_of(*borders, log_every=4, last=14):
+    """Train through `borders`, one life each, the open window handed on; all rows and the last state."""
+    step, window = stepper()
+    state, rows = fresh(), []
+    for start, until in itertools.pairwise(borders):
+        batches = (batch_of(i) for i in range(start, until))
+        for record in loop.train(step, state, window, batches, start=start, until=until, log_every=log_every, last=last):
+            state, window = record.state, record.window
+            rows += record.rows
+    return rows, state
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("num", [2, 4])
+def test_microbatches_with_unequal_tokens_give_the_update_of_the_whole_batch(num, scan):
+    whole, window = stepper()
+    parts, _ = stepper(gradient_accumulate_steps=num, gradient_accumulate_scan=scan)
+    a, wa, _ = whole(fresh(), window, batch_of(5))
+    b, wb, _ = parts(fresh(), window, batch_of(5))
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4)  # Adam's first update divides by the gradient's own size
+    va, vb = metrics.compute(jax.device_get(wa)), metrics.compute(jax.device_get(wb))
+    assert va.keys() == vb.keys()
+    for key in va:
+        assert va[key] == pytest.approx(vb[key], rel=1e-4), key
+
+
+@pytest.mark.fault(9)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
+    def poisoned(params, apply_fn, batch, rng, train):
+        (total, weight), aux = LOSS(params, apply_fn, batch, rng, train)
+        return (jnp.where(batch["inputs"][0, 0] == 99, jnp.inf, 1.0) * total, weight), aux
+
+    step, window = stepper(poisoned)
+    bad = batch_of(0)
+    bad["inputs"] = bad["inputs"].at[0, 0].set(99)
+    state, _, ok = step(fresh(), window, bad)
+    assert not ok and state.step == 0
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(fresh()), strict=True):
+        np.testing.assert_array_equal(x, y)
+    batches = iter([batch_of(0), batch_of(1), bad, batch_of(3), batch_of(4)])
+    with pytest.raises(DivergedError) as caught:
+        list(loop.train(step, fresh(), window, batches, start=0, until=5, log_every=2, last=5))
+    assert caught.value.step == 3
+
+
+@pytest.mark.fault(13)
+def test_the_learning_rate_in_a_row_is_that_of_its_step():
+    rows, _ = rows_of(0, 3, log_every=1)
+    assert [values["lr_single"] for _, values in rows] == pytest.approx([float(OPTIMIZER.schedule(i)) for i in range(3)])
+
+
+@pytest.mark.fault(21)
+def test_rows_and_weights_do_not_depend_on_where_lives_began_and_the_last_window_counts():
+    whole, state = rows_of(0, 14)
+    pieces, other = rows_of(0, 1, 6, 8, 13, 14)
+    assert [step for step, _ in whole] == [4, 8, 12, 14]
+    assert whole == pieces
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_row_holds_the_mean_over_all_tokens_of_its_window():
+    (row,), _ = rows_of(0, 3, log_every=3)
+    each, _ = rows_of(0, 3, log_every=1)
+    tokens = [values["tokens_sum"] for _, values in each]
+    assert row[1]["tokens_sum"] == sum(tokens) == sum(int((batch_of(i)["segment_ids"] != 0).sum()) for i in range(3))
+    assert row[1]["loss_mean"] == pytest.approx(np.average([v["loss_mean"] for _, v in each], weights=tokens), rel=1e-5)
+
+
+def test_training_learns_and_evaluation_weighs_by_tokens():
+    step, window = stepper()
+    evaluation = make_eval_step(LOSS, MODEL.apply, TrainerConfig())
+    start = fresh()
+    empty = empty_window(evaluation, start.params, start.mutable, batch=batch_of(0))
+    held_out = [batch_of(1000), batch_of(1001)]
+    before = evaluate(evaluation, start, held_out, empty=empty)
+    one_by_one = [evaluate(evaluation, start, [b], empty=empty) for b in held_out]
+    weights = [v["tokens_sum"] for v in one_by_one]
+    assert before["loss"] == pytest.approx(np.average([v["loss"] for v in one_by_one], weights=weights), rel=1e-5)
+    for record in loop.train(step, start, window, map(batch_of, range(40)), start=0, until=40, log_every=50, last=40):
+        state = record.state
+    assert evaluate(evaluation, state, held_out, empty=empty)["loss"] < before["loss"] / 2
+
+
+@pytest.mark.fault(7)
+def test_an_evaluation_of_nothing_is_an_error():
+    with pytest.raises(DataError, match="no batch"):
+        evaluate(lambda *_: None, fresh(), [], empty={})

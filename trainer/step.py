@@ -1,0 +1,132 @@
+"""One optimizer update, and one batch of evaluation, as pure functions to be jitted.
+
+Loss and gradients are looked at on the device in every step: where they are not finite nothing of the state changes,
+and `ok` says so. Logged and unlogged steps are the same program; the logging window is carried through it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import metrics as m
+from .config import TrainerConfig
+from .intermediates import as_metrics
+from .optimizers.base import Optimizer
+from .params import flatten
+from .state import TrainState, step_key
+
+LossFunction = Callable[..., tuple[Any, tuple[dict, dict]]]  # see objectives.base.Objective.loss
+
+
+def bind(apply: Callable, mutable: dict[str, Any]) -> Callable:
+    """`apply` with the model's other collections at hand, and updated wherever a training loss asks for any update."""
+
+    def apply_fn(variables: dict[str, Any], inputs: Any, *, train: bool = False, **kwargs: Any) -> Any:
+        asked = kwargs.pop("mutable", [])
+        names = [*asked, *mutable] if asked and train else asked
+        return apply({**mutable, **variables}, inputs, train=train, mutable=names, **kwargs)
+
+    return apply_fn
+
+
+def microbatch(batch: Any, index: Any, *, num: int) -> Any:
+    """Rows index, index + num, ... of every array: strided, so that a batch cut over devices stays where it is."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:])[:, index], batch)
+
+
+def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, config: TrainerConfig) -> Callable:
+    """`(state, window, batch) -> (state, window, ok)`: one update from one batch, its metrics merged into the window.
+
+    With `gradient_accumulate_steps` = k the gradient is that of the whole batch: sums over microbatches, divided once by the
+    total weight. `ok` is a bool scalar.
+    """
+    num = config.gradient_accumulate_steps
+
+    def gradients(params: Any, mutable: Any, batch: Any, key: jax.Array) -> tuple:
+        def total(p: Any) -> tuple:
+            out, (found, updated) = loss(p, bind(apply, mutable), batch, key, True)
+            value, weight = out if isinstance(out, tuple) else (out, 1.0)
+            sown = updated.get("intermediates", {})
+            parsed = m.parse(found, config.default_train_log_modes)
+            if config.log_intermediates:
+                parsed |= m.parse(as_metrics(sown), config.intermediates_log_modes)
+            kept = {**mutable, **{k: v for k, v in updated.items() if k in mutable}}
+            return value, (jnp.asarray(weight, jnp.float32), parsed, kept)
+
+        (value, (weight, parsed, kept)), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return (value.astype(jnp.float32), weight, grads, parsed), kept
+
+    def join(a: tuple, b: tuple) -> tuple:
+        grads = jax.tree.map(jnp.add, a[2], b[2])
+        return a[0] + b[0], a[1] + b[1], grads, m.merge_batch(a[3], b[3])
+
+    def accumulate(state: TrainState, batch: Any, key: jax.Array) -> tuple:
+        if num == 1:
+            return gradients(state.params, state.mutable, batch, key)
+        first, mutable = gradients(state.params, state.mutable, microbatch(batch, 0, num=num), jax.random.fold_in(key, 0))
+
+        def body(carry: tuple, i: Any) -> tuple:
+            total, mutable = carry
+            found, mutable = gradients(state.params, mutable, microbatch(batch, i, num=num), jax.random.fold_in(key, i))
+            return (join(total, found), mutable), None
+
+        if config.gradient_accumulate_scan:
+            return jax.lax.scan(body, (first, mutable), jnp.arange(1, num))[0]
+        carry = (first, mutable)
+        for i in range(1, num):
+            carry, _ = body(carry, i)
+        return carry
+
+    def train_step(state: TrainState, window: Any, batch: Any) -> tuple[TrainState, Any, jax.Array]:
+        (total, weight, grads, found), mutable = accumulate(state, batch, step_key(config.seed, state.step))
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, mutable)
+        ok = jnp.isfinite(total / weight) & jnp.isfinite(norm) if config.check_for_nan else jnp.array(True)
+        found |= m.parse(_norms(config, norm, grads, new.params), ("single",))
+        found |= m.parse({"lr": optimizer.schedule(state.step)}, ("single",))  # the rate of this very update
+        merged = m.merge(window, m.window_of(found))
+        new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+        return new, merged, ok
+
+    return train_step
+
+
+def _norms(config: TrainerConfig, norm: jax.Array, grads: Any, params: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {"grad_norm": norm} if config.log_grad_norm else {}
+    if config.log_param_norm:
+        out["param_norm"] = optax.tree.norm(params)
+    if config.log_grad_norm_per_param:
+        out |= {f"grad_norm.{p}": jnp.linalg.norm(g.ravel()) for p, g in flatten(grads).items()}
+    if config.log_param_norm_per_param:
+        out |= {f"param_norm.{p}": jnp.linalg.norm(x.ravel()) for p, x in flatten(params).items()}
+    return out
+
+
+def make_eval_step(loss: LossFunction, apply: Callable, config: TrainerConfig) -> Callable:
+    """`(params, mutable, window, batch) -> window`; metrics as means without postfix, the model not in training."""
+
+    def eval_step(params: Any, mutable: Any, window: Any, batch: Any) -> Any:
+        _, (found, _) = loss(params, bind(apply, mutable), batch, jax.random.key(config.seed_eval), False)
+        return m.merge(window, m.window_of(m.parse(_plain(found), ())))
+
+    return eval_step
+
+
+def _plain(found: dict[str, Any]) -> dict[str, Any]:
+    """Every metric as its mean, save for sums, which stay sums."""
+
+    def modes(entry: Any) -> Sequence[str]:
+        return ("sum",) if isinstance(entry, dict) and "sum" in entry.get("log_modes", ()) else ("mean_nopostfix",)
+
+    return {k: {**(e if isinstance(e, dict) else {"value": e}), "log_modes": modes(e)} for k, e in found.items()}
+
+
+def empty_window(step: Callable, *before: Any, batch: Any) -> dict[str, Any]:
+    """The identity of `merge` for the metrics of `step(*before, window, batch)`; arguments may be shapes, nothing is computed."""
+    out = jax.eval_shape(lambda *a: step(*a[:-1], None, a[-1]), *before, batch)
+    return m.identity(out[1] if isinstance(out, tuple) else out)
