@@ -1,0 +1,200 @@
+"""Checkpoints of a run: saved by Orbax, made final by a manifest, verified before anything is read.
+
+A commit is a transaction: parameters, optimizer, mutable variables, the open logging window and the loader's place are
+one checkpoint, and before its manifest stands nothing of it exists. What a kill left behind is moved away before Orbax
+looks, for Orbax would count it.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from . import manifest
+from .errors import CheckpointError
+from .files import fsync
+from .params import digest, flatten, unflatten
+from .state import TrainState
+
+log = logging.getLogger(__name__)
+DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint that is final."""
+
+    step: int
+    manifest_crc32c: str
+
+
+def name_of(step: int) -> str:
+    """The folder of checkpoint `step`."""
+    return f"{step:0{DIGITS}d}"
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps that have a folder, whole or not, ascending."""
+    return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
+
+
+class Checkpoints:
+    """The checkpoints of one run; one writer. `run_dir` holds `checkpoints/` and, where needed, `damaged/`."""
+
+    def __init__(self, run_dir: Path | str):
+        run_dir = Path(run_dir).absolute()  # Orbax takes absolute paths only, and says so in the background
+        self.root, self.damaged = run_dir / "checkpoints", run_dir / "damaged"
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._saving: int | None = None
+        self._set_aside_what_is_not_whole()
+        handlers = {
+            "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "train": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        # No limit on what is kept: Orbax would delete before our manifest exists.
+        options = ocp.CheckpointManagerOptions(
+            step_name_format=ocp.path.step.standard_name_format(step_format_fixed_length=DIGITS), enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.root, options=options, item_names=tuple(handlers), item_handlers=handlers)
+
+    def steps(self) -> list[int]:
+        """Committed steps, ascending."""
+        return [s for s in steps_in(self.root) if s != self._saving]
+
+    def save(self, state: TrainState, window: Any, meta: dict[str, Any]) -> None:
+        """Begin to save; the arrays may be donated once this returns. `finish` makes it final.
+
+        `meta` is of JSON types. Raises CheckpointError where a checkpoint of that step stands.
+        """
+        assert self._saving is None, "a save is under way: finish it first"
+        step = int(state.step)
+        args = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(state.params),
+            train=ocp.args.PyTreeSave(_train_arrays(state, window)),
+            meta=ocp.args.JsonSave({"step": step, **meta}),
+        )
+        if not self._manager.save(step, args=args):
+            newest = max(self.steps(), default=None)
+            raise CheckpointError(f"step {step} cannot be saved: the newest checkpoint is {newest}; roll back to one before {step} first")
+        self._saving = step
+
+    def finish(self) -> Commit:
+        """Wait for the save under way and commit it. Raises what went wrong in the background."""
+        assert self._saving is not None, "nothing is being saved"
+        step = self._saving
+        self._manager.wait_until_finished()
+        folder = self.root / name_of(step)
+        crc = manifest.write(folder, step)
+        fsync(self.root)
+        self._saving = None
+        return Commit(step, crc)
+
+    def restore(self, step: int, state: TrainState, window: Any) -> tuple[TrainState, Any, dict[str, Any]]:
+        """State, open window and meta of a committed step, laid out as `state` and `window` (arrays or shapes with shardings).
+
+        Raises CheckpointError where the files are damaged or hold other shapes or dtypes.
+        """
+        folder = self.root / name_of(step)
+        if wrong := manifest.problems(folder, step):
+            raise CheckpointError(f"checkpoint {step} is damaged: {'; '.join(wrong[:3])}; run `everstep verify` for all of it")
+        like = _train_arrays(state, window)
+        found = self._manager.restore(
+            step, args=ocp.args.Composite(params=_restore_args(state.params), train=_restore_args(like), meta=ocp.args.JsonRestore())
+        )
+        _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(found.params, "params"), **found.train})
+        flat = found.train
+        # Orbax's buffers may silently not be donated; what a jitted function returns is.
+        shardings = jax.tree.map(lambda x: x.sharding, (found.params, flat))
+        params, flat = jax.jit(lambda *x: x, out_shardings=shardings)(found.params, flat)
+        new = TrainState(flat["step"], params, unflatten(state.opt_state, flat, "opt_state"), unflatten(state.mutable, flat, "mutable"))
+        return new, unflatten(window, flat, "window"), found.meta
+
+    def newest_whole(self) -> int | None:
+        """The newest step whose files are all as its manifest says; damaged ones on the way are set aside with a warning."""
+        for step in reversed(self.steps()):
+            if wrong := manifest.problems(self.root / name_of(step), step):
+                self._set_aside(step, wrong)
+                self._manager.reload()
+            else:
+                return step
+        return None
+
+    def close(self) -> None:
+        """Wait for the background and let go; an unfinished save does not become a checkpoint."""
+        self._manager.close()
+
+    def _set_aside_what_is_not_whole(self) -> None:
+        for path in self.root.iterdir():
+            if not path.name.isdigit():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()  # a save that was cut off
+        for step in steps_in(self.root):
+            if wrong := manifest.problems(self.root / name_of(step), step):
+                self._set_aside(step, wrong)
+
+    def _set_aside(self, step: int, wrong: list[str]) -> None:
+        self.damaged.mkdir(exist_ok=True)
+        n = 1
+        while (target := self.damaged / f"{step}-{n}").exists():
+            n += 1
+        os.rename(self.root / name_of(step), target)
+        fsync(self.root)
+        log.warning("checkpoint %d was set aside in damaged/%s: %s", step, target.name, "; ".join(wrong[:3]))
+
+
+def _train_arrays(state: TrainState, window: Any) -> dict[str, Any]:
+    """All arrays but the parameters, flat: no container of optax or of ours is part of the format."""
+    return {
+        "step": state.step,
+        **flatten(state.opt_state, "opt_state"),
+        **flatten(state.mutable, "mutable"),
+        **flatten(window, "window"),
+    }
+
+
+def _restore_args(like: Any) -> ocp.args.PyTreeRestore:
+    """Shapes and dtypes as saved, to be compared afterwards; asked for, Orbax would cast and pad without a word."""
+    return ocp.args.PyTreeRestore(restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding), like))
+
+
+def _compare(step: int, want: dict[str, Any], found: dict[str, Any]) -> None:
+    for path in sorted(want.keys() | found.keys()):
+        a, b = want.get(path), found.get(path)
+        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+            have, need = (f"{x.dtype}{list(x.shape)}" if x is not None else "nothing" for x in (b, a))
+            raise CheckpointError(f"checkpoint {step} holds {have} at {path}, but the config needs {need}; use the run's own config")
+
+
+def verify(run_dir: Path | str) -> list[dict[str, Any]]:
+    """Every checkpoint of a run, ascending: `step`, `ok`, `problems`, and the digests of what it holds. Changes nothing.
+
+    `params_sha256` and `state_sha256` are taken over restored arrays, so they are equal exactly where the logical values are.
+    """
+    root = Path(run_dir).absolute() / "checkpoints"
+    out = []
+    for step in steps_in(root):
+        folder = root / name_of(step)
+        wrong = manifest.problems(folder, step)
+        row: dict[str, Any] = {"step": step, "ok": not wrong, "problems": wrong, "params_sha256": None, "state_sha256": None}
+        if not wrong:
+            params, rest = (_load(folder / item) for item in ("params", "train"))
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+            loader = np.frombuffer(json.dumps(meta.get("loader"), sort_keys=True).encode(), np.uint8)
+            flat = flatten(params, "params")
+            row |= {"params_sha256": digest(flat), "state_sha256": digest({**flat, **rest, "loader": loader})}
+        out.append(row)
+    return out
+
+
+def _load(folder: Path) -> Any:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as reader:
+        metadata = reader.metadata(folder).item_metadata.tree
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))

@@ -1,0 +1,49 @@
+"""Files that are there whole or not at all: atomic writes, fsync of trees, checksums."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import google_crc32c
+
+
+def fsync(path: Path) -> None:
+    """Bring a file's bytes, or a directory's names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_tree(root: Path) -> None:
+    """Bring everything under `root` to the disk, files before the directories that name them."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            fsync(Path(folder, name))
+        fsync(Path(folder))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: after a crash at any moment the old or the new bytes are there, never a part."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    fsync(path.parent)
+
+
+def crc32c(path: Path) -> str:
+    """crc32c of a file's bytes, 8 hex digits."""
+    checksum = google_crc32c.Checksum()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            checksum.update(block)
+    return checksum.hexdigest().decode()
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Every file, link or other thing under `root` that is no directory, in sorted order."""
+    return (p for p in sorted(root.rglob("*")) if p.is_symlink() or not p.is_dir())

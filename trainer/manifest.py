@@ -1,0 +1,73 @@
+"""MANIFEST.json makes a checkpoint: size and crc32c of every file, written last.
+
+Orbax keeps no checksum of array data and restores flipped bits silently, so nothing is read from a directory whose files
+are not exactly those of its manifest. The manifest is canonical JSON that ends with the crc32c of what stands before it;
+a reader writes it again and compares the bytes.
+"""
+
+import json
+from pathlib import Path
+
+import google_crc32c
+
+from .files import crc32c, fsync_tree, walk, write_atomic
+
+NAME = "MANIFEST.json"
+
+
+def _encode(step: int, files: dict[str, dict]) -> bytes:
+    body = json.dumps({"files": files, "step": step, "version": 1}, sort_keys=True, separators=(",", ":")).encode()
+    own = google_crc32c.Checksum(body).hexdigest().decode()
+    return body[:-1] + f',"crc32c":"{own}"}}'.encode()
+
+
+def _listing(folder: Path) -> dict[str, dict]:
+    return {
+        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "crc32c": crc32c(p)}
+        for p in walk(folder)
+        if p != folder / NAME and p.is_file() and not p.is_symlink()
+    }
+
+
+def write(folder: Path, step: int) -> str:
+    """Bring `folder` to the disk and make it checkpoint `step`. Returns the manifest's own crc32c."""
+    fsync_tree(folder)
+    data = _encode(step, _listing(folder))
+    write_atomic(folder / NAME, data)
+    return _own_crc(data)
+
+
+def _own_crc(data: bytes) -> str:
+    return json.loads(data)["crc32c"]
+
+
+def problems(folder: Path, step: int) -> list[str]:
+    """What is wrong with the files of checkpoint `step`, one line each; empty where it is whole."""
+    try:
+        data = (folder / NAME).read_bytes()
+    except OSError:
+        return [f"{NAME} is missing: the checkpoint was never committed"]
+    try:
+        found = json.loads(data)
+        if data != _encode(found["step"], found["files"]):
+            return [f"{NAME} does not match its own crc32c"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{NAME} is damaged"]
+    out = [] if found["step"] == step else [f"{NAME} is of step {found['step']}"]
+    there = {p.relative_to(folder).as_posix(): p for p in walk(folder) if p != folder / NAME}
+    out += [f"{name}: missing" for name in sorted(found["files"].keys() - there.keys())]
+    out += [f"{name}: not in the manifest" for name in sorted(there.keys() - found["files"].keys())]
+    for name in sorted(found["files"].keys() & there.keys()):
+        want, path = found["files"][name], there[name]
+        if path.is_symlink() or not path.is_file():
+            out.append(f"{name}: not a plain file")
+        elif (size := path.stat().st_size) != want["size"]:
+            out.append(f"{name}: {size} bytes instead of {want['size']}")
+        elif crc32c(path) != want["crc32c"]:
+            out.append(f"{name}: other bytes (crc32c)")
+    return out
+
+
+def own_crc(folder: Path) -> str:
+    """The crc32c that a whole checkpoint's manifest ends with."""
+    return _own_crc((folder / NAME).read_bytes())
