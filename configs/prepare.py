@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config import Config
+from trainer.config import Config, part_union
 from trainer.data import PackedConfig
 
 BYTE_VOCAB_SIZE = 257  # the end of a document, and 256 bytes
@@ -32,9 +32,7 @@ class TokenizerConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> "TokenizerConfig":
         if self.kind == "byte" and self.vocab_size != BYTE_VOCAB_SIZE:
-            raise ValueError(
-                f"a byte tokenizer has {BYTE_VOCAB_SIZE} tokens, not vocab_size {self.vocab_size}; set vocab_size to null"
-            )
+            raise ValueError(f"a byte tokenizer has {BYTE_VOCAB_SIZE} tokens, not vocab_size {self.vocab_size}; set vocab_size to null")
         if self.kind == "file" and self.vocab_size is not None:
             raise ValueError(f"the file says how many tokens there are, not vocab_size {self.vocab_size}; set it to null")
         if self.kind == "file" and not self.path:
@@ -73,3 +71,6 @@ class TextDataConfig(PackedConfig):
             "val_fraction": self.val_fraction,
             "test_fraction": self.test_fraction,
         }
+
+
+AnyDataConfig = part_union(PackedConfig, TextDataConfig)

@@ -16,7 +16,6 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 STDLIB = Path(sysconfig.get_path("stdlib"))

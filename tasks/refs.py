@@ -32,3 +32,17 @@ class Report(Config):
     step: int  # of the weights that were evaluated
     split: str
     values: dict[str, Any]
+
+
+def value_of(result: Any) -> Any:
+    """What a task called directly gave. A task that found its work done gives a State, whose name the UI shows."""
+    from prefect import State
+
+    return result.result() if isinstance(result, State) else result
+
+
+def already_done(ref: Config, message: str) -> Any:
+    """The state of a task that found its work done: shown as AlreadyDone, with `ref` as its result."""
+    from prefect.states import Completed
+
+    return Completed(name="AlreadyDone", message=message, data=ref)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,11 @@ import orbax.checkpoint as ocp
 from . import manifest
 from .errors import CheckpointError
 from .files import fsync
+from .manifest import DIGITS, Commit, name_of, steps_in
 from .params import digest, flatten, unflatten
 from .state import TrainState
 
 log = logging.getLogger(__name__)
-DIGITS = 8
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A checkpoint that is final."""
-
-    step: int
-    manifest_crc32c: str
-
-
-def name_of(step: int) -> str:
-    """The folder of checkpoint `step`."""
-    return f"{step:0{DIGITS}d}"
-
-
-def steps_in(root: Path) -> list[int]:
-    """Steps that have a folder, whole or not, ascending."""
-    return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
 
 
 class Checkpoints:
@@ -102,9 +83,7 @@ class Checkpoints:
 
         Raises CheckpointError where the files are damaged or hold other shapes or dtypes.
         """
-        folder = self.root / name_of(step)
-        if wrong := manifest.problems(folder, step):
-            raise CheckpointError(f"checkpoint {step} is damaged: {'; '.join(wrong[:3])}; run `everstep verify` for all of it")
+        self._check(step)
         like = _train_arrays(state, window)
         found = self._manager.restore(
             step, args=ocp.args.Composite(params=_restore_args(state.params), train=_restore_args(like), meta=ocp.args.JsonRestore())
@@ -130,6 +109,10 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the background and let go; an unfinished save does not become a checkpoint."""
         self._manager.close()
+
+    def _check(self, step: int) -> None:
+        if wrong := manifest.problems(self.root / name_of(step), step):
+            raise CheckpointError(f"checkpoint {step} is damaged: {'; '.join(wrong[:3])}; run `everstep verify` for all of it")
 
     def _set_aside_what_is_not_whole(self) -> None:
         for path in self.root.iterdir():
@@ -191,6 +174,23 @@ def verify(run_dir: Path | str) -> list[dict[str, Any]]:
             row |= {"params_sha256": digest(flat), "state_sha256": digest({**flat, **rest, "loader": loader})}
         out.append(row)
     return out
+
+
+def read_weights(run_dir: Path | str, step: int, state: TrainState) -> tuple[Any, dict[str, Any]]:
+    """Parameters and mutable variables of a committed step, laid out as `state`; for readers beside a live run: changes nothing.
+
+    Raises CheckpointError where the files are damaged or hold other shapes or dtypes.
+    """
+    folder = Path(run_dir).absolute() / "checkpoints" / name_of(step)
+    if wrong := manifest.problems(folder, step):
+        raise CheckpointError(f"checkpoint {step} is damaged: {'; '.join(wrong[:3])}; run `everstep verify` for all of it")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as reader:
+        params = reader.restore(folder / "params", args=_restore_args(state.params))
+    flat = {k: v for k, v in _load(folder / "train").items() if k.startswith("mutable")} if state.mutable else {}
+    like = flatten(state.mutable, "mutable")
+    _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(params, "params"), **flat})
+    flat = {k: jax.device_put(v, like[k].sharding) for k, v in flat.items()}
+    return params, unflatten(state.mutable, flat, "mutable")
 
 
 def _load(folder: Path) -> Any:

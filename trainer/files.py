@@ -1,8 +1,10 @@
 """Files that are there whole or not at all: atomic writes, fsync of trees, checksums."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 
@@ -47,3 +49,21 @@ def crc32c(path: Path) -> str:
 def walk(root: Path) -> Iterator[Path]:
     """Every file, link or other thing under `root` that is no directory, in sorted order."""
     return (p for p in sorted(root.rglob("*")) if p.is_symlink() or not p.is_dir())
+
+
+def seal(record: dict[str, Any]) -> bytes:
+    """`record` as canonical JSON whose last key, crc32c, is the checksum of what it would be without it."""
+    body = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    own = google_crc32c.Checksum(body).hexdigest().decode()
+    return body[:-1] + f',"crc32c":"{own}"}}'.encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The record that `seal` wrote, written again and compared byte by byte. Raises ValueError if `data` is anything else."""
+    record = json.loads(data)
+    if not isinstance(record, dict) or "crc32c" not in record:
+        raise ValueError("not a JSON object that ends with its crc32c")
+    del record["crc32c"]
+    if seal(record) != data:
+        raise ValueError("it does not match its own crc32c")
+    return record

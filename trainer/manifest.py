@@ -6,19 +6,43 @@ a reader writes it again and compares the bytes.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
-
-from .files import crc32c, fsync_tree, walk, write_atomic
+from .files import crc32c, fsync_tree, seal, walk, write_atomic
 
 NAME = "MANIFEST.json"
+DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint that is final."""
+
+    step: int
+    manifest_crc32c: str
+
+
+def name_of(step: int) -> str:
+    """The folder of checkpoint `step`."""
+    return f"{step:0{DIGITS}d}"
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps that have a folder under `root`, whole or not, ascending."""
+    return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
+
+
+def newest_whole(root: Path) -> Commit | None:
+    """The newest checkpoint under `root` whose files are all as its manifest says. Changes nothing."""
+    for step in reversed(steps_in(root)):
+        if not problems(root / name_of(step), step):
+            return Commit(step, own_crc(root / name_of(step)))
+    return None
 
 
 def _encode(step: int, files: dict[str, dict]) -> bytes:
-    body = json.dumps({"files": files, "step": step, "version": 1}, sort_keys=True, separators=(",", ":")).encode()
-    own = google_crc32c.Checksum(body).hexdigest().decode()
-    return body[:-1] + f',"crc32c":"{own}"}}'.encode()
+    return seal({"files": files, "step": step, "version": 1})
 
 
 def _listing(folder: Path) -> dict[str, dict]:

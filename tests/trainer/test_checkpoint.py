@@ -13,8 +13,9 @@ import optax
 import pytest
 
 from trainer import checkpoint, manifest, metrics
-from trainer.checkpoint import Checkpoints, name_of, verify
+from trainer.checkpoint import Checkpoints, verify
 from trainer.errors import CheckpointError
+from trainer.manifest import name_of
 from trainer.state import TrainState
 
 

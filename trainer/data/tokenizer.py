@@ -24,9 +24,7 @@ class Tokenizer:
         vocab = inner.get_vocab(with_added_tokens=True)
         eos = next((name for name in EOS_NAMES if name in vocab), None)
         if eos is None:
-            raise DataError(
-                f"tokenizer {source} has no token for the end of a document; add one of {', '.join(EOS_NAMES)} to it"
-            )
+            raise DataError(f"tokenizer {source} has no token for the end of a document; add one of {', '.join(EOS_NAMES)} to it")
         inner.encode_special_tokens = True  # not kept in the file
         inner.no_truncation()
         inner.no_padding()

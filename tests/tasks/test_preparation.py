@@ -1,0 +1,434 @@
+"""Preparation: nothing of the text is lost, nothing held out is in training, and it is done once, whole, whatever dies."""
+
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.prepare import TextDataConfig, TokenizerConfig
+from tasks.preparation import prepare
+from tasks.preparation.baseline import ByteModel
+from tasks.preparation.packing import Packer
+from tasks.preparation.sources import find_sources, read_documents
+from trainer.data import eval_batches, load_manifest, load_tokenizer
+from trainer.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+BYTES = TokenizerConfig(kind="byte")
+
+
+def small(path, **changes):
+    """A config that takes enough of 60 texts into each split."""
+    return TextDataConfig(**{"path": str(path), "tokenizer": BYTES, "val_fraction": 0.1, "test_fraction": 0.1, **changes})
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def some_texts(count, seed=0):
+    rng = random.Random(seed)
+    words = ["how", "long", "a", "line", "of", "words", "may", "be", "is", "for", "each", "text", "to", "say"]
+    return [f"{i} " + "\n\n".join(f"{i}.{p} " + " ".join(rng.choices(words, k=8)) for p in range(3)) for i in range(count)]
+
+
+def unpacked(rows, eos):
+    """The documents in packed rows, by the format's description alone: a stretch starts a document if it reads the end first."""
+    documents = []
+    for inputs, targets, segments, positions in zip(*(rows[f] for f in ("inputs", "targets", "segment_ids", "positions")), strict=True):
+        for segment in range(1, segments.max(initial=0) + 1):
+            place = np.flatnonzero(segments == segment)
+            assert len(place) and np.array_equal(place, np.arange(place[0], place[0] + len(place)))
+            assert np.array_equal(positions[place], np.arange(len(place)))
+            if inputs[place[0]] == eos:
+                documents.append([])
+            else:  # goes on from the row before, reading what was predicted last there
+                assert place[0] == 0 and inputs[0] == documents[-1][-1]
+            assert np.array_equal(inputs[place[1:]], targets[place[:-1]])
+            documents[-1] += targets[place].tolist()
+        padding = segments == 0
+        assert not any(a[padding].any() for a in (inputs, targets, positions))
+    assert all(document[-1] == eos and eos not in document[:-1] for document in documents)
+    return [document[:-1] for document in documents]
+
+
+def held(ref, split):
+    """The texts of a split, decoded from its rows."""
+    manifest, tokenizer = load_manifest(ref.path), load_tokenizer(ref.path)
+    batches = list(eval_batches(ref.path, manifest, split, batch_size=64))
+    rows = {field: np.concatenate([batch[field] for batch in batches]) for field in batches[0]}
+    return [tokenizer.decode(document) for document in unpacked(rows, manifest.eos_id)]
+
+
+def paragraphs_of(text):
+    return [stripped for part in re.split(r"\n\s*\n", text) if (stripped := part.strip())]
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+
+documents = st.lists(st.lists(st.integers(1, 9), max_size=30), max_size=12)
+
+
+@given(documents, st.integers(2, 12), st.lists(st.integers(0, 12), max_size=4))
+def test_unpacking_gives_back_all_documents_however_they_were_portioned(docs, seq_len, cuts):
+    def pack(*borders):
+        packer = Packer(seq_len=seq_len, eos_id=0)
+        portions = [docs[a:b] for a, b in zip((0, *borders), (*borders, None), strict=True)]
+        parts = [packer.add([np.array(d, np.int32) for d in portion]) for portion in portions] + [packer.finish()]
+        return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+
+    rows = pack()
+    assert all(a.dtype == np.int32 and a.shape == (math.ceil(sum(len(d) + 1 for d in docs) / seq_len), seq_len) for a in rows.values())
+    assert unpacked(rows, 0) == docs
+    assert (rows["segment_ids"] > 0).sum() == sum(len(d) + 1 for d in docs)
+    assert all(np.array_equal(rows[f], again) for f, again in pack(*sorted(cuts)).items())
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    return prepare(TextDataConfig(), cache=tmp_path_factory.mktemp("bundled"))
+
+
+def bundled_texts():
+    with lzma.open(ROOT / "tasks" / "corpus" / "python-docs.jsonl.xz", "rt", encoding="utf-8") as f:
+        return [json.loads(line)["text"] for line in f]
+
+
+def test_no_held_out_paragraph_of_the_bundled_corpus_stands_in_training_and_no_text_is_lost(bundled):
+    splits = {split: held(bundled, split) for split in ("train", "val", "test")}
+    paragraphs = {split: {p.strip() for text in texts for p in re.split(r"\n\s*\n", text)} for split, texts in splits.items()}
+    assert (
+        not paragraphs["train"] & paragraphs["val"]
+        and not paragraphs["train"] & paragraphs["test"]
+        and not paragraphs["val"] & paragraphs["test"]
+    )
+    assert Counter(text for texts in splits.values() for text in texts) == Counter(bundled_texts())  # it has no duplicates to lose
+    manifest = load_manifest(bundled.path)
+    for split, texts in splits.items():
+        record = manifest.splits[split]
+        assert (record.documents, record.bytes) == (len(texts), sum(len(text.encode()) for text in texts))
+        assert record.tokens == sum((b["segment_ids"] > 0).sum() for b in eval_batches(bundled.path, manifest, split, batch_size=64))
+    assert 2.0 < manifest.baseline["val"] < 2.8 and 2.0 < manifest.baseline["test"] < 2.8
+    assert manifest.vocab_size == 4096
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_left_out_is_what_a_plain_reading_of_the_rules_leaves_out(tmp_path, seed):
+    rng = random.Random(seed)
+    pool = [f"paragraph {i}" for i in range(60)]
+    blanks = ["\n\n", "\n \n", "\n\n\n  ", "\r\n\r\n"]
+    texts = ["".join(p + rng.choice(blanks) for p in rng.choices(pool, k=rng.randint(1, 6))) for _ in range(70)]
+    texts += [f"own {i}" for i in range(20)] + rng.choices(texts, k=5)
+    splits = defaultdict(list)
+    for text in dict.fromkeys(texts):
+        at = int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
+        splits["test" if at < 0.1 else "val" if at < 0.25 else "train"].append(paragraphs_of(text))
+    stands = {split: {p for paragraphs in docs for p in paragraphs} for split, docs in splits.items()}
+    hidden = {"test": set(), "val": stands["test"], "train": stands["test"] | stands["val"]}
+    kept = {split: [[p for p in paragraphs if p not in hidden[split]] for paragraphs in docs] for split, docs in splits.items()}
+
+    path = str(write_jsonl(tmp_path / "a.jsonl", texts))
+    ref = prepare(TextDataConfig(path=path, tokenizer=BYTES, val_fraction=0.15, test_fraction=0.1), cache=tmp_path)
+    duplicates = load_manifest(ref.path).duplicates
+    for split in splits:
+        assert [paragraphs_of(text) for text in held(ref, split)] == [paragraphs for paragraphs in kept[split] if paragraphs]
+    assert duplicates.documents == len(texts) - len(set(texts)) >= 1
+    lost = sum(len(a) - len(b) for split in splits for a, b in zip(splits[split], kept[split], strict=True))
+    assert duplicates.paragraphs == lost > 0
+
+
+@pytest.fixture(scope="module")
+def tokenizers(bundled, tmp_path_factory):
+    from tasks.preparation.tokenizer import make_byte
+
+    path = tmp_path_factory.mktemp("byte") / "tokenizer.json"
+    make_byte().save(str(path))
+    return load_tokenizer(bundled.path), load_tokenizer(path)
+
+
+ODD_TEXTS = ["<|eos|>", " a\r\n\tb  ", "\x00", "e\u0301 \u00e9", "\ufeff"]
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(ODD_TEXTS))
+@settings(deadline=None)
+def test_any_text_comes_back_exactly_and_no_text_reads_as_an_end(tokenizers, text):
+    bpe, byte = tokenizers
+    for tokenizer in tokenizers:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.eos_id not in ids
+    assert byte.vocab_size == 257 and len(byte.encode(text)) == len(text.encode())
+    assert bpe.vocab_size == 4096
+
+
+def test_the_same_text_gives_the_same_bytes_wherever_it_lies_and_other_settings_another_place(tmp_path, bundled):
+    again = prepare(TextDataConfig(), cache=tmp_path / "a")
+    assert again.digest == bundled.digest and files_of(again.path) == files_of(bundled.path)
+    texts = some_texts(60)
+    config = small(write_jsonl(tmp_path / "a.jsonl", texts))
+    ref = prepare(config, cache=tmp_path)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps({"body": text}) + "\n" for text in texts)
+    moved = config.replace(path=str(tmp_path / "b.jsonl.gz"), text_field="body", batch_size=3)
+    assert prepare(moved, cache=tmp_path) == ref
+    others = [config.replace(seq_len=64), config.replace(val_fraction=0.11), config.replace(tokenizer=TokenizerConfig(vocab_size=300))]
+    assert len({ref.digest, *(prepare(other, cache=tmp_path).digest for other in others)}) == 4
+
+
+def test_a_given_tokenizer_is_used_as_it_is_and_is_part_of_the_digest(tmp_path, bundled):
+    given_file = tmp_path / "mine.json"
+    given_file.write_bytes((Path(bundled.path) / "tokenizer.json").read_bytes())
+    path = write_jsonl(tmp_path / "a.jsonl", some_texts(60))
+    config = small(path, tokenizer=TokenizerConfig(kind="file", path=str(given_file)))
+    ref = prepare(config, cache=tmp_path)
+    assert files_of(ref.path)["tokenizer.json"] == given_file.read_bytes() and load_manifest(ref.path).vocab_size == 4096
+    given_file.write_bytes(given_file.read_bytes() + b"\n")
+    assert prepare(config, cache=tmp_path).digest != ref.digest
+    with pytest.raises(DataError, match="nowhere"):
+        prepare(config.replace(tokenizer={"kind": "file", "path": str(tmp_path / "nowhere.json")}), cache=tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from configs.prepare import TextDataConfig
+from tasks.preparation import prepare
+
+def progress(message):
+    if message.startswith(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+prepare(TextDataConfig.model_validate_json(sys.argv[1]), cache=Path(sys.argv[2]), on_progress=progress)
+"""
+
+
+@pytest.mark.parametrize("moment", ["packing train", "counting"])
+def test_a_killed_preparation_leaves_nothing_that_counts_and_its_repeat_is_the_same_to_the_byte(tmp_path, moment):
+    config = small(write_jsonl(tmp_path / "a.jsonl", some_texts(60)), tokenizer=TokenizerConfig(vocab_size=300))
+    whole = prepare(config, cache=tmp_path / "whole")
+    cache, env = tmp_path / "cache", {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, config.model_dump_json(), str(cache), moment], cwd=ROOT, env=env, check=False)
+    assert killed.returncode == -9
+    [left] = [p for p in (cache / "data").iterdir() if p.is_dir()]
+    assert any(left.iterdir()) and left.name != Path(whole.path).name
+    prepare(config.replace(seq_len=64), cache=cache)  # another preparation in the same cache clears up
+    assert not left.exists()
+    again = prepare(config, cache=cache)
+    assert again.digest == whole.digest and files_of(again.path) == files_of(whole.path)
+
+
+def test_of_two_preparations_of_the_same_data_the_second_waits_and_finds_it_done(tmp_path):
+    config = small(write_jsonl(tmp_path / "a.jsonl", some_texts(60)))
+    first_works, second_waits = threading.Event(), threading.Event()
+    refs, said = {}, {"first": [], "second": []}
+
+    def first(message):
+        said["first"].append(message)
+        if message.startswith("packing train"):
+            first_works.set()
+            assert second_waits.wait(30)
+
+    def second(message):
+        said["second"].append(message)
+        if message.startswith("waiting"):
+            second_waits.set()
+
+    thread = threading.Thread(target=lambda: refs.update(first=prepare(config, cache=tmp_path, on_progress=first)))
+    thread.start()
+    assert first_works.wait(30)
+    refs["second"] = prepare(config, cache=tmp_path, on_progress=second)
+    thread.join()
+    assert refs["first"] == refs["second"]
+    assert not any(message.startswith("packing") for message in said["second"])
+
+
+def test_damaged_data_is_set_aside_with_a_warning_and_made_again(tmp_path, caplog):
+    config = small(write_jsonl(tmp_path / "a.jsonl", some_texts(60)))
+    ref = prepare(config, cache=tmp_path)
+    good = files_of(ref.path)
+    for n, name in enumerate(("manifest.json", "train-00000.arrow"), 1):
+        file = Path(ref.path, name)
+        file.write_bytes(file.read_bytes()[:-5])
+        with caplog.at_level(logging.WARNING):
+            assert prepare(config, cache=tmp_path) == ref
+        aside = Path(f"{ref.path}.damaged-{n}")
+        assert files_of(ref.path) == good and files_of(aside)[name] == good[name][:-5]
+        assert str(aside) in caplog.text and name in caplog.text
+
+
+def test_many_small_shards_hold_the_rows_of_one_large(tmp_path, monkeypatch):
+    config = small(write_jsonl(tmp_path / "a.jsonl", some_texts(60)), seq_len=32)
+    large = prepare(config, cache=tmp_path / "large")
+    monkeypatch.setattr("tasks.preparation.build.SHARD_TOKENS", 32 * 7)
+    monkeypatch.setattr("tasks.preparation.build.PORTION", 500)
+    many = prepare(config, cache=tmp_path / "many")
+    shards = load_manifest(many.path).splits["train"].shards
+    assert len(shards) > 10 and {shard.rows for shard in shards[:-1]} == {7}
+    for split in ("train", "val", "test"):
+        assert held(many, split) == held(large, split)
+
+
+def test_data_that_changes_while_it_is_prepared_is_refused_and_leaves_nothing(tmp_path):
+    config = small(write_jsonl(tmp_path / "a.jsonl", some_texts(60)))
+
+    def change(message):
+        if message.startswith("read "):
+            write_jsonl(tmp_path / "a.jsonl", some_texts(61))
+
+    with pytest.raises(DataError, match="changed while it was prepared"):
+        prepare(config, cache=tmp_path, on_progress=change)
+    assert not [p for p in (tmp_path / "data").iterdir() if p.is_dir()]
+
+
+def test_a_cache_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "cache").write_text("a file stands where the folder should be")
+    with pytest.raises(DataError, match="set EVERSTEP_CACHE"):
+        prepare(small(write_jsonl(tmp_path / "a.jsonl", some_texts(60))), cache=tmp_path / "cache")
+
+
+def test_text_is_read_from_every_kind_of_file_in_the_order_of_names(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [f"text {i} é\r\n" for i in range(8)]
+    (tmp_path / "a.txt").write_bytes(texts[0].encode())
+    (tmp_path / "b.md").write_bytes(b"\xef\xbb\xbf" + texts[1].encode())  # as Windows editors write it
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(texts[2].encode()))
+    (tmp_path / "d.jsonl.xz").write_bytes(lzma.compress(json.dumps({"text": texts[3]}).encode() + b"\n\n"))
+    (tmp_path / "deep").mkdir()
+    write_jsonl(tmp_path / "deep" / "e.jsonl", texts[4:6])
+    pq.write_table(pa.table({"n": [1, 2], "text": texts[6:]}), tmp_path / "f.parquet")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.txt").write_text("no")
+    (tmp_path / "image.png").write_bytes(b"\xff")
+
+    def read(path):
+        return [document.text for source in find_sources(str(path)) for document in read_documents(source)]
+
+    assert read(tmp_path) == read(f"file://{tmp_path}") == texts
+    assert read(tmp_path / "*.jsonl*") == texts[3:4] and read(tmp_path / "**" / "*.jsonl") == texts[4:6]
+    assert read(tmp_path / "c.txt.gz") == texts[2:3]
+
+
+GOOD = b'{"text": "fine"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", GOOD + b'{"text": "torn\n', r"a\.jsonl:2 is no JSON"),
+        ("a.jsonl", GOOD + b"\n[1]\n", r"a\.jsonl:3 is a JSON list"),
+        ("a.jsonl", GOOD + b'{"body": "x", "id": 1}\n', r"a\.jsonl:2 has no field 'text', only 'body', 'id'; set data.text_field"),
+        ("a.jsonl", GOOD + b'{"text": null}\n', r"a\.jsonl:2: field 'text' is None"),
+        ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"a\.jsonl:2: .*no Unicode"),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', r"a\.jsonl:2 is no UTF-8"),
+        ("a.txt", b"one\ntwo\n\xff", r"a\.txt:3 is no UTF-8"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-12], r"a\.jsonl\.gz cannot be unpacked"),
+        ("a.jsonl.xz", b"no xz", r"a\.jsonl\.xz cannot be unpacked"),
+        ("a.parquet", b"no parquet", r"a\.parquet is no Parquet file"),
+        ("a.txt", b" \n", "holds no text"),
+        ("a.png", b"x", "holds 1 files, but none that is read"),
+        ("", b"", "holds 0 files, but none that is read"),
+        ("a.txt", b"a single text", r"test_fraction 0\.05 .* takes no document; .*more documents \(there are 1;"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_file_and_line(tmp_path, name, data, message):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    if name:
+        (folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        prepare(TextDataConfig(path=str(folder)), cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere/at-all", "there is no nowhere/at-all"),
+        ("bundled:x", "bundled:python-docs"),
+        ("nope://x", "nope"),
+        ("*.no-such-kind", "none that is read"),
+    ],
+)
+def test_a_path_that_names_nothing_is_refused(tmp_path, path, message):
+    with pytest.raises(DataError, match=message):
+        prepare(TextDataConfig(path=path), cache=tmp_path)
+
+
+def test_a_parquet_row_that_is_no_text_is_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    torn = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"text": torn}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet row 1 is no UTF-8"):
+        prepare(TextDataConfig(path=str(tmp_path)), cache=tmp_path)
+    pq.write_table(pa.table({"text": ["fine", None], "n": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet row 2: field 'text' is None"):
+        prepare(TextDataConfig(path=str(tmp_path)), cache=tmp_path)
+    with pytest.raises(DataError, match=r"no column 'body', only 'text', 'n'"):
+        prepare(TextDataConfig(path=str(tmp_path), text_field="body"), cache=tmp_path)
+
+
+def test_the_fraction_that_an_error_advises_is_enough(tmp_path):
+    path = str(write_jsonl(tmp_path / "a.jsonl", some_texts(12)))
+    config = TextDataConfig(path=path, tokenizer=BYTES, val_fraction=0.001, test_fraction=0.001)
+    for field in ("test_fraction", "val_fraction"):
+        with pytest.raises(DataError, match=f"{field} 0.001") as caught:
+            prepare(config, cache=tmp_path)
+        config = config.replace(**{field: float(re.search(rf"raise data.{field} to ([\d.]+)", str(caught.value))[1])})
+    splits = load_manifest(prepare(config, cache=tmp_path).path).splits
+    assert all(splits[split].rows for split in ("train", "val", "test"))
+
+
+def test_without_a_test_fraction_there_is_no_test_split(tmp_path):
+    config = small(write_jsonl(tmp_path / "a.jsonl", some_texts(60)), test_fraction=0)
+    manifest = load_manifest(prepare(config, cache=tmp_path).path)
+    assert sorted(manifest.splits) == ["train", "val"] and "test" not in manifest.baseline
+
+
+def bits_per_byte_by_hand(training, held_out):
+    """Witten-Bell, one symbol at a time: orders 1 to 5 over dictionaries, order 0 uniform over 257 symbols."""
+    counts = defaultdict(Counter)
+    for text in training:
+        symbols = [256] * 4 + list(text.encode()) + [256]
+        for i in range(4, len(symbols)):
+            for n in range(5):
+                counts[tuple(symbols[i - n : i])][symbols[i]] += 1
+    bits = 0.0
+    for text in held_out:
+        symbols = [256] * 4 + list(text.encode()) + [256]
+        for i in range(4, len(symbols)):
+            p = 1 / 257
+            for n in range(5):
+                if after := counts.get(tuple(symbols[i - n : i])):
+                    p = (after[symbols[i]] + len(after) * p) / (after.total() + len(after))
+            bits -= math.log2(p)
+    return bits / sum(len(text.encode()) for text in held_out)
+
+
+def test_the_baseline_is_what_counting_by_hand_gives(monkeypatch):
+    texts = bundled_texts()
+    training, held_out = [t[:700] for t in texts[:40]] + ["", "é\x00\xff"], [t[:500] for t in texts[40:50]] + ["", "日本"]
+    expected = bits_per_byte_by_hand(training, held_out)
+    assert ByteModel.train(training).bits_per_byte(held_out) == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr("tasks.preparation.baseline.PORTION", 900)  # portions change nothing
+    assert ByteModel.train(training).bits_per_byte(held_out) == pytest.approx(expected, rel=1e-12)
