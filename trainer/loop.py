@@ -24,15 +24,25 @@ class Record:
     state: TrainState
     window: Any  # the open logging window, empty where a row was just closed
     rows: tuple[tuple[int, dict[str, float]], ...]  # (step, values) of windows that turned out complete
+    settled: bool  # nothing is in flight: all rows up to here were given, and `state` may be committed
 
 
 def train(
-    train_step: Callable, state: TrainState, window: Any, batches: Iterator[Any], *, start: int, until: int, log_every: int, last: int
+    train_step: Callable,
+    state: TrainState,
+    window: Any,
+    batches: Iterator[Any],
+    *,
+    start: int,
+    until: int,
+    log_every: int,
+    last: int,
+    pause: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Record]:
-    """Steps `start + 1` to `until`, a record each; rows of all closed windows have been given with the last record.
+    """Steps `start + 1` to `until`, a record each.
 
-    A window closes at the multiples of `log_every` and at step `last` of the run. Raises DivergedError with the step whose
-    loss or gradients were not finite.
+    A window closes at the multiples of `log_every` and at step `last` of the run. What is in flight is settled at `until` and
+    wherever `pause(step)` says so. Raises DivergedError with the step whose loss or gradients were not finite.
     """
     empty = metrics.identity(window)
     flying: deque[tuple[int, Any, Any]] = deque()
@@ -55,4 +65,5 @@ def train(
         flying.append((step, ok, window if closes else None))
         if closes:
             window = jax.tree.map(lambda x: x.copy(), empty)  # the step may donate its window
-        yield Record(step, state, window, settle(leave=0 if step == until else 1))
+        settled = step == until or pause(step)
+        yield Record(step, state, window, settle(leave=0 if settled else 1), settled)

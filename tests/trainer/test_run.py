@@ -1,0 +1,215 @@
+"""A run in its directory: however it is cut into lives, the same bits and rows; what does not belong together is refused."""
+
+import jax
+import numpy as np
+import pytest
+
+from tasks.preparation import prepare
+from tasks.session import training_config
+from trainer import manifest, rows
+from trainer.assemble import TrainingConfig, assemble
+from trainer.checkpoint import verify
+from trainer.errors import CheckpointError, ConfigError, DataError, StoppedError
+from trainer.run import Run, add_bits_per_byte
+from trainer.rundir import RunDir
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    return {}
+
+
+@pytest.fixture
+def life(micro, trainers):
+    """`life(directory, *overrides)`: a new life of a run there, as a process that has just started would have it."""
+
+    def begin(path, *overrides, **kwargs):
+        config = micro(*overrides)
+        training = TrainingConfig.model_validate(training_config(config))
+        # The compiled functions are shared between lives, as the compilation cache would; the state is not.
+        trainer = trainers.setdefault(training, None) or assemble(training)
+        trainers[training] = trainer
+        trainer.state = None
+        path.mkdir(exist_ok=True)
+        return Run(training, trainer, RunDir(path), _data(config), **kwargs)
+
+    return begin
+
+
+def _data(config):
+    from pathlib import Path
+
+    return Path(prepare(config.data).path)
+
+
+def digests(path):
+    return {row["step"]: row["state_sha256"] for row in verify(path) if row["ok"]}
+
+
+def stable_rows(path):
+    return {(r["split"], r["step"]): rows.stable(rows.values_of(r)) for r in rows.read(path / "metrics.jsonl")}
+
+
+@pytest.fixture
+def whole(life, tmp_path):
+    """A run of one life, for comparison."""
+    run = life(tmp_path / "whole")
+    assert run.open().step == 0
+    for step in (2, 4, 6):
+        run.train_until(step)
+        run.record("val", step, run.evaluate(step, "val"))
+    run.close()
+    return tmp_path / "whole"
+
+
+def test_a_run_of_many_lives_has_the_state_and_rows_of_a_run_of_one(life, whole, tmp_path):
+    place = tmp_path / "pieces"
+    run = life(place)
+    run.open()
+    for step in (2, 4, 6):
+        run.close()
+        run = life(place)  # whatever was in memory is gone
+        run.open()
+        run.train_until(step)
+        run.record("val", step, run.evaluate(step, "val"))
+    run.close()
+    assert digests(place) == digests(whole)
+    assert stable_rows(place) == stable_rows(whole)
+    assert {("train", 3), ("train", 6), ("val", 6)} < stable_rows(whole).keys()
+
+
+def test_what_was_trained_after_the_last_commit_leaves_no_row_behind(life, whole, tmp_path):
+    place = tmp_path / "cut"
+    run = life(place)
+    run.open()
+    run.train_until(2)
+    run.rows.append("train", 3, {"loss_mean": 1.0})  # as if killed between this row and the commit
+    run.close()
+    run = life(place)
+    run.open()
+    run.train_until(6)
+    run.close()
+    assert {k: v for k, v in stable_rows(place).items() if k[0] == "train"} == {
+        k: v for k, v in stable_rows(whole).items() if k[0] == "train"
+    }
+
+
+def test_a_stop_is_obeyed_after_the_step_with_a_commit_and_costs_no_bits(life, whole, tmp_path):
+    asked = []
+    run = life(tmp_path / "stopped", should_stop=lambda: bool(asked), on_step=lambda step: asked.append(1) if step == 2 else None)
+    run.open()
+    with pytest.raises(StoppedError) as stopped:
+        run.train_until(6)
+    assert stopped.value.step == 3 and stopped.value.exit_code == 75
+    run.close()
+    run = life(tmp_path / "stopped")
+    assert run.open().step == 3
+    run.train_until(6)
+    run.close()
+    assert digests(tmp_path / "stopped")[6] == digests(whole)[6]
+
+
+def test_commits_within_a_chunk_change_no_bits(life, whole, tmp_path):
+    run = life(tmp_path / "often", "checkpoint.every=1")
+    run.open()
+    run.train_until(6)
+    run.close()
+    found = digests(tmp_path / "often")
+    assert sorted(found) == [0, 1, 2, 3, 4, 5, 6]
+    assert {s: found[s] for s in (0, 2, 4, 6)} == digests(whole)
+
+
+def test_a_chunk_that_is_committed_returns_at_once_with_its_own_commit(life, whole):
+    run = life(whole)
+    run.open()
+    first = run.train_until(4)
+    run.close()
+    assert first.manifest_crc32c == manifest.own_crc(whole / "checkpoints" / manifest.name_of(4))
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_trained_again_to_the_same_state(life, whole, tmp_path):
+    before, table = digests(whole), stable_rows(whole)
+    folder = whole / "checkpoints" / manifest.name_of(6)
+    victim = max(folder.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 4
+    victim.write_bytes(bytes(data))
+    run = life(whole)
+    assert run.open().step == 4
+    run.train_until(6)
+    run.record("val", 6, run.evaluate(6, "val"))
+    run.close()
+    assert digests(whole) == before and stable_rows(whole) == table
+    assert (whole / "damaged" / "6-1").is_dir()
+
+
+def test_other_data_is_refused_on_resume(life, whole, tmp_path, micro, texts):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in texts.iterdir():
+        (other / file.name).write_text(file.read_text() + " 49")
+    run = life(whole, f"data.path={other}")
+    with pytest.raises(DataError, match="was trained on data"):
+        run.open()
+    run.close()
+
+
+def test_another_environment_is_told_and_on_request_refused(life, whole, monkeypatch):
+    monkeypatch.setattr("trainer.run.fingerprint", lambda mesh: {"cores": 512})
+    run = life(whole)
+    run.open()
+    run.close()
+    (event,) = [e for e in RunDir(whole).read_events() if e["event"] == "environment_changed"]
+    assert any("cores: " in line and "-> 512" in line for line in event["changes"])
+    run = life(whole, require_exact=True)
+    with pytest.raises(ConfigError, match="require-exact"):
+        run.open()
+    run.close()
+
+
+@pytest.mark.fault(32)
+def test_a_monitor_that_no_evaluation_gives_is_refused_before_anything_is_trained(life, tmp_path):
+    with pytest.raises(ConfigError, match=r"'losss' is no value of an evaluation; choose one of .*bits_per_byte"):
+        life(tmp_path / "run", "checkpoint.monitor=losss")
+
+
+@pytest.mark.fault(25)
+def test_evaluating_an_older_step_leaves_the_trained_state_alone(life, whole):
+    run = life(whole)
+    run.open()
+    before = jax.device_get(run.trainer.state.params)
+    old = run.evaluate(2, "val")
+    assert old["loss"] == pytest.approx(rows.find(whole / "metrics.jsonl", "val", 2)["loss"])
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(run.trainer.state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    run.close()
+
+
+def test_a_step_behind_the_run_without_a_checkpoint_is_an_error(life, whole):
+    run = life(whole)
+    run.open()
+    with pytest.raises(CheckpointError, match="step 3 has no checkpoint"):
+        run.train_until(3)
+    run.close()
+
+
+def test_bits_per_byte_is_the_code_length_of_the_text_over_its_bytes(life, whole):
+    run = life(whole)
+    split = run.manifest.split("val")
+    values = add_bits_per_byte({"loss": 2.0}, run.manifest, "val")
+    assert values["bits_per_byte"] == pytest.approx(2.0 / np.log(2) * split.tokens / split.bytes)
+    assert values["perplexity"] == pytest.approx(np.e**2)
+    run.close()
+
+
+def test_a_batch_that_the_microbatches_do_not_divide_is_refused_with_the_number_that_fits(micro):
+    config = micro()
+    training = training_config(config)
+    training["trainer"]["gradient_accumulate_steps"] = 3
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        assemble(TrainingConfig.model_validate(training))
+
+
+def test_a_mesh_that_the_devices_do_not_fill_is_refused(micro):
+    with pytest.raises(ConfigError, match=r"fsdp=3 needs .*3 devices"):
+        assemble(TrainingConfig.model_validate(training_config(micro("mesh.fsdp=3"))))

@@ -1,0 +1,262 @@
+"""A trainer at work in a run directory: train to a step and commit it, evaluate a commit, write rows and events.
+
+Everything a run needs to go on is in its newest commit; this object can be dropped at any moment and made again.
+"""
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from . import loop, manifest
+from .assemble import TrainingConfig
+from .checkpoint import Checkpoints, read_weights
+from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
+from .errors import CheckpointError, ConfigError, DataError, StoppedError
+from .fingerprint import differences, fingerprint
+from .generate import generate
+from .manifest import Commit, name_of
+from .module import TrainerModule
+from .rows import Rows, find
+from .rundir import RunDir
+from .state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One life of a run: `open` finds or makes its newest commit, `train_until` and `evaluate` go on from it.
+
+    `should_stop` is asked after every step; `on_row` is told of each row as it is written.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        trainer: TrainerModule,
+        run_dir: RunDir,
+        data: Path,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_step: Callable[[int], None] = lambda step: None,
+        on_row: Callable[[str, int, dict], None] = lambda split, step, values: None,
+        require_exact: bool = False,
+    ):
+        self.config, self.trainer, self.run_dir, self.data = config, trainer, run_dir, data
+        self.should_stop, self.on_step, self.on_row, self.require_exact = should_stop, on_step, on_row, require_exact
+        self.manifest: DataManifest = load_manifest(data)
+        self._check_data()
+        self.loader = train_loader(data, self.manifest, batch_size=config.data.batch_size, seed=config.trainer.seed)
+        self.rows = Rows(run_dir.metrics)
+        self.store = Checkpoints(run_dir.path)
+        self.fingerprint = fingerprint(trainer.mesh)
+        self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else config.num_steps
+        self.step = -1  # of the state in memory; -1: none yet
+        self.window: Any = None
+        self._last_row = (0, time.monotonic())
+
+    def open(self) -> Commit:
+        """The newest commit, restored; where there is none, step 0 is made and committed. Later rows are cut."""
+        newest = self.store.newest_whole()
+        if newest is None:
+            return self._begin()
+        self._restore(newest)
+        return Commit(newest, manifest.own_crc(self.store.root / name_of(newest)))
+
+    def train_until(self, step: int) -> Commit:
+        """Train to `step` and commit it; returns at once where that is done already.
+
+        Raises StoppedError once a stop was asked for, after a commit of the step then reached.
+        """
+        if step in self.store.steps() and step <= self.step:
+            return Commit(step, manifest.own_crc(self.store.root / name_of(step)))
+        if step < self.step:
+            raise CheckpointError(
+                f"step {step} has no checkpoint any more, and the run is at {self.step}; roll back to an earlier one first"
+            )
+        every = self.config.checkpoint.every
+        stopping = False
+
+        def pause(at: int) -> bool:
+            nonlocal stopping
+            stopping = stopping or self.should_stop()
+            return stopping or bool(every and at % every == 0)
+
+        if self.should_stop():
+            raise StoppedError(f"stopped at step {self.step}, which is committed; go on with `everstep resume`", step=self.step)
+        self._last_row = (self.step, time.monotonic())
+        for record in loop.train(
+            self.trainer.train_step,
+            self.trainer.state,
+            self.window,
+            self._batches(),
+            start=self.step,
+            until=step,
+            log_every=self.log_every,
+            last=self.config.num_steps,
+            pause=pause,
+        ):
+            self.trainer.state, self.window, self.step = record.state, record.window, record.step
+            self.on_step(record.step)
+            for at, values in record.rows:
+                self._write_row(at, values)
+            if record.settled:
+                commit = self._commit()
+                if stopping and record.step < step:
+                    raise StoppedError(f"stopped at step {record.step}, which is committed; go on with `everstep resume`", step=record.step)
+        return commit
+
+    def evaluate(self, step: int, split: str) -> dict[str, Any]:
+        """Values of `split` with the weights of committed step `step`, written as a row."""
+        began = time.monotonic()
+        state = self.trainer.state if step == self.step else self._weights_of(step)
+        size = self.config.data.eval_batch_size or self.config.data.batch_size
+        values: dict[str, Any] = self.trainer.run_evaluation(state, eval_batches(self.data, self.manifest, split, batch_size=size))
+        values = add_bits_per_byte(values, self.manifest, split)
+        return values | {"time_evaluate_s": round(time.monotonic() - began, 3)}
+
+    def sample(self, step: int, prompt: str, *, max_tokens: int = 120, temperature: float = 0.8, seed: int = 0) -> str:
+        """`prompt` and what the weights of committed step `step` make of it."""
+        tokenizer = load_tokenizer(self.data)
+        state = self.trainer.state if step == self.step else self._weights_of(step)
+        tokens = tokenizer.encode(prompt).tolist()
+        more = generate(
+            functools.partial(self.trainer.model.apply, train=False),
+            state.params,
+            tokens,
+            eos_id=tokenizer.eos_id,
+            window=self.config.data.seq_len,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        return tokenizer.decode([*tokens, *more])
+
+    def record(self, split: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Write an evaluation's row, once: a row that stands already is returned instead."""
+        if there := find(self.run_dir.metrics, split, step):
+            return there
+        self.rows.append(split, step, values)
+        self.rows.sync()
+        self.on_row(split, step, values)
+        return find(self.run_dir.metrics, split, step) or values
+
+    def close(self) -> None:
+        """Let go of the checkpoints; nothing that is not committed becomes so."""
+        self.store.close()
+
+    def _begin(self) -> Commit:
+        self.rows.cut(-1)
+        self.trainer.init_model()
+        self.window, self.step = self.trainer.empty_window(), 0
+        self.loader.set_state({"next_index": 0})
+        return self._commit()
+
+    def _restore(self, step: int) -> None:
+        began = time.monotonic()
+        state, self.window, meta = self.store.restore(step, self.trainer.shapes, self.trainer.window_shapes)
+        if meta["data_digest"] != self.manifest.digest:
+            raise DataError(
+                f"the run was trained on data {meta['data_digest'][:16]}, but this is {self.manifest.digest[:16]}; "
+                "bring the old text back, or start another run"
+            )
+        self._compare_environment(meta["fingerprint"], step)
+        self.trainer.state, self.step = state, step
+        self.loader.set_state(meta["loader"]["train"])
+        self.rows.cut(step)
+        self.run_dir.event("restored", step=step, seconds=round(time.monotonic() - began, 3))
+        log.info("restored step %d in %.1f s", step, time.monotonic() - began)
+
+    def _compare_environment(self, old: dict[str, Any], step: int) -> None:
+        changed = differences(old, self.fingerprint)
+        if not changed:
+            return
+        if self.require_exact:
+            raise ConfigError(
+                f"the environment is not that of checkpoint {step}: {'; '.join(changed)}; go back to it, or leave out --require-exact"
+            )
+        self.run_dir.event("environment_changed", step=step, changes=changed)
+        log.warning("the environment changed since step %d, so bits may differ from here on: %s", step, "; ".join(changed))
+
+    def _commit(self) -> Commit:
+        began = time.monotonic()
+        self.rows.sync()
+        self.store.save(self.trainer.state, self.window, self._meta())
+        commit = self.store.finish()
+        seconds = time.monotonic() - began
+        self.run_dir.event("committed", step=commit.step, seconds=round(seconds, 3))
+        log.info("committed step %d in %.2f s", commit.step, seconds)
+        return commit
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "loader": {"train": self.loader.get_state()},
+            "config_digest": self.config.config_digest,
+            "data_digest": self.manifest.digest,
+            "fingerprint": self.fingerprint,
+        }
+
+    def _weights_of(self, step: int) -> TrainState:
+        params, mutable = read_weights(self.run_dir.path, step, self.trainer.shapes)
+        return self.trainer.shapes.replace(params=params, mutable=mutable)
+
+    def _batches(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield self.trainer.put(batch)
+
+    def _write_row(self, step: int, values: dict[str, float]) -> None:
+        before, then = self._last_row
+        now = time.monotonic()
+        self._last_row = (step, now)
+        timed: dict[str, float] = {"time_step_s": round((now - then) / max(1, step - before), 6)}
+        if tokens := values.get("tokens_sum"):
+            # A window that an earlier life began holds tokens of that life too: count the share of this one.
+            length = (step - 1) % self.log_every + 1
+            timed["throughput_tokens_per_s"] = round(tokens * (step - before) / length / max(now - then, 1e-9), 1)
+        self.rows.append("train", step, values | timed)
+        self.on_row("train", step, values | timed)
+
+    def _check_data(self) -> None:
+        vocab = getattr(self.config.model, "vocab_size", None)
+        if vocab is not None and self.manifest.vocab_size > vocab:
+            raise ConfigError(
+                f"the tokenizer has {self.manifest.vocab_size} tokens, but model.vocab_size is {vocab}; "
+                f"set model.vocab_size={self.manifest.vocab_size} or more"
+            )
+        if self.manifest.seq_len != self.config.data.seq_len:
+            raise DataError(
+                f"the data has rows of {self.manifest.seq_len} tokens, but data.seq_len is {self.config.data.seq_len}; prepare it again"
+            )
+        monitor = self.config.checkpoint.monitor
+        names = [*self.trainer.eval_metrics(), "perplexity", "bits_per_byte"]
+        if monitor not in names:
+            raise ConfigError(f"checkpoint.monitor {monitor!r} is no value of an evaluation; choose one of {', '.join(names)}")
+
+
+def add_bits_per_byte(values: dict[str, Any], manifest: DataManifest, split: str) -> dict[str, Any]:
+    """With `loss` in nats per token also `perplexity`, and `bits_per_byte` = loss x tokens / (ln 2 x bytes of the split's text)."""
+    if "loss" not in values or not math.isfinite(values["loss"]):
+        return values
+    found = manifest.split(split)
+    bits = values["loss"] * found.tokens / (math.log(2) * found.bytes) if found.bytes else math.nan
+    return values | {"perplexity": math.exp(min(values["loss"], 700.0)), "bits_per_byte": bits}
+
+
+def describe_devices(trainer: TrainerModule) -> dict[str, Any]:
+    """What of the machine is used, in JSON terms."""
+    devices = jax.devices()
+    dtype = getattr(trainer.model_config, "dtype", "float32")
+    return {
+        "devices": len(devices),
+        "kind": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "mesh": {axis: n for axis, n in trainer.mesh.shape.items() if n > 1} or {"data": 1},
+        "dtype": dtype,
+        "attention": getattr(trainer.model_config, "attention", "xla"),
+        "parameters": trainer.get_num_params(),
+    }

@@ -1,0 +1,181 @@
+"""The trainer process: obeys a pipe, trains in its main thread, and dies with its parent.
+
+Messages are JSON over one socket. Requests: `start`, `open`, `train_until`, `evaluate`, `sample`, answered in order by `ok` or
+`error`; `stop` is obeyed at once, in the middle of a chunk. Between answers it tells its log records, rows and progress.
+It ignores SIGTERM and SIGINT: whoever is to stop it says so through the pipe.
+"""
+
+import sys
+
+from .lifeline import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[2]))  # before anything that takes time
+
+import json
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+BEAT = 1.0  # seconds between signs of life
+EXIT_ORPHANED = 3
+
+
+class Pipe:
+    """The trainer's end of the pipe; any thread may send."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, value: Any) -> None:
+        """Send one message; without a reader this process has no reason to be."""
+        data = json.dumps([kind, value]).encode()
+        try:
+            with self._lock:
+                self._connection.send_bytes(data)
+        except OSError:
+            os._exit(EXIT_ORPHANED)
+
+    def receive(self) -> list[Any]:
+        """The next request."""
+        try:
+            return json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(EXIT_ORPHANED)
+
+
+class LogToPipe(logging.Handler):
+    """Hands log records on to the flow process, where they are shown and reach the Prefect run."""
+
+    def __init__(self, pipe: Pipe):
+        super().__init__(logging.INFO)
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record as (logger's name, level, message)."""
+        text = self.format(record) if record.exc_info else record.getMessage()
+        self._pipe.send("log", [record.name, record.levelno, text])
+
+
+class Worker:
+    """One life of the trainer: what each request does."""
+
+    def __init__(self, pipe: Pipe):
+        self.pipe = pipe
+        self.stop = threading.Event()
+        self.requests: queue.Queue[list[Any]] = queue.Queue()
+        self.phase, self.step = "imports", -1
+        self.run: Any = None
+
+    def listen(self) -> None:
+        """In a thread of its own: take requests; `stop` is not queued behind them."""
+        while True:
+            kind, value = self.pipe.receive()
+            if kind == "stop":
+                self.stop.set()
+            else:
+                self.requests.put([kind, value])
+
+    def beat(self) -> None:
+        """In a thread of its own: say once a second that this process lives, and where it is."""
+        while True:
+            self.pipe.send("beat", {"phase": self.phase, "step": self.step})
+            time.sleep(BEAT)
+
+    def serve(self) -> None:
+        """Answer requests in order, for ever."""
+        from .errors import describe
+
+        while True:
+            kind, value = self.requests.get()
+            try:
+                answer = getattr(self, f"do_{kind}")(**value)
+            except BaseException as e:
+                logging.getLogger("trainer").debug("request %s failed", kind, exc_info=e)
+                self.pipe.send("error", describe(e))
+            else:
+                self.pipe.send("ok", answer)
+            self.phase = "idle"
+
+    def do_start(self, config: dict[str, Any], run_dir: str, numerics: str, require_exact: bool) -> dict[str, Any]:
+        """Assemble the trainer and say on which devices; refuses what does not fit them."""
+        self.phase = "start"
+        from .assemble import TrainingConfig, assemble
+        from .backend import set_up_jax
+        from .run import describe_devices
+
+        set_up_jax(numerics=numerics)
+        self.config = TrainingConfig.model_validate(config)
+        self.run_dir, self.require_exact = run_dir, require_exact
+        self.trainer = assemble(self.config)
+        return describe_devices(self.trainer)
+
+    def do_open(self, data: str) -> dict[str, Any]:
+        """Restore the newest commit, or make the first."""
+        from .run import Run
+        from .rundir import RunDir
+
+        self.phase = "restore"
+        self.run = Run(
+            self.config,
+            self.trainer,
+            RunDir(self.run_dir),
+            Path(data),
+            should_stop=self.stop.is_set,
+            on_step=self._at,
+            on_row=lambda split, step, values: self.pipe.send("row", [split, step, values]),
+            require_exact=self.require_exact,
+        )
+        commit = self.run.open()
+        self.step = commit.step
+        return vars(commit)
+
+    def do_train_until(self, step: int) -> dict[str, Any]:
+        """Train to `step`; see Run.train_until."""
+        self.phase = "step"
+        return vars(self.run.train_until(step))
+
+    def do_evaluate(self, step: int, split: str, row: int) -> dict[str, Any]:
+        """Evaluate committed step `step` and write the values as the row of step `row`."""
+        self.phase = "evaluate"
+        values = self.run.evaluate(step, split)
+        return self.run.record(split, row, values | ({"best_step": step} if split == "test" else {}))
+
+    def do_sample(self, step: int, prompt: str) -> str:
+        """A text that begins with `prompt`."""
+        self.phase = "sample"
+        return self.run.sample(step, prompt)
+
+    def _at(self, step: int) -> None:
+        self.step = step
+
+
+def main() -> None:
+    """Serve the parent whose end of the socket is descriptor argv[1] and whose process is argv[2]."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    pipe = Pipe(Connection(int(sys.argv[1])))
+    worker = Worker(pipe)
+    for job in (worker.listen, worker.beat):
+        threading.Thread(target=job, daemon=True).start()
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    root.addHandler(LogToPipe(pipe))
+    logging.getLogger("trainer").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of a failed restore in dozens of tracebacks
+    from . import run  # noqa: F401  the imports of seconds, before anything is asked
+
+    worker.phase = "idle"
+    pipe.send("ready", {"pid": os.getpid()})
+    worker.serve()
+
+
+if __name__ == "__main__":
+    main()
