@@ -72,6 +72,7 @@ class OwnedServer:
         self,
         log_path: Path | None = None,
         *,
+        port: int = 0,
         poll_interval: float = 1.0,
         answer_timeout: float = 2.0,
         hung_after: float = 10.0,
@@ -80,7 +81,7 @@ class OwnedServer:
     ):
         self.log_path = log_path or Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser() / "everstep-server.log"
         self.host = "127.0.0.1"
-        self.port = 0  # until start()
+        self.port = port  # 0: a free one, chosen by start()
         self._poll_interval = poll_interval
         self._answer_timeout = answer_timeout
         self._hung_after = hung_after
@@ -114,12 +115,22 @@ class OwnedServer:
         self._reservation = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # so that the server can bind it too
-        self._reservation.bind((self.host, 0))
+        self._bind(self._reservation)
         self.port = self._reservation.getsockname()[1]
         self._spawn()
         # A daemon that returns only after close(): the servers it spawns die with this thread.
         self._watcher = threading.Thread(target=self._watch, name="prefect-server-watcher", daemon=True)
         self._watcher.start()
+
+    def _bind(self, reservation: socket.socket) -> None:
+        try:
+            if self.port:
+                with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:  # SO_REUSEPORT would share it with a stranger
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((self.host, self.port))
+            reservation.bind((self.host, self.port))
+        except OSError as e:
+            raise ServerError(f"port {self.port} is taken ({e.strerror}); choose another by --port, or look what is served there") from e
 
     def wait_ready(self, timeout: float = 180.0) -> None:
         """Block until the server has answered once; ServerError with the end of its log if it does not."""

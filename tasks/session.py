@@ -1,0 +1,410 @@
+"""A session: the trainer, warm across tasks, in a process of its own or inline.
+
+Callers see calls (`start`, `open`, `train_until`, `evaluate`, `sample`) and typed errors. A process that died, hung or failed is
+dropped; the next call finds a fresh one, opened at the newest commit. While a call waits, a stop signal is not an exception
+but a message to the trainer, which finishes its step, commits and answers; then the signal takes its usual course.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from configs.run import RunConfig, config_digest
+from trainer.errors import StoppedError, TrainerDiedError, TrainerHungError, describe, revive
+from trainer.manifest import Commit
+from trainer.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+POLL = 0.1  # seconds between looks at a stop request while a call waits
+START_LIMIT = 180.0  # seconds for the imports of a new trainer process on a loaded machine
+BEAT_LIMIT = 30.0  # seconds without a sign of life, after which a process hangs; it gives one a second
+
+# The temporary arrays of a step are as large in every step. By default glibc gives them back to the system after each and
+# the kernel clears every page again: 80 of 170 ms of a step of `tiny`. Kept, and in huge pages, they cost 1.
+MALLOC = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
+
+Listener = Callable[[str, Any], None]  # told of ("row", [split, step, values]) and ("beat", {"phase", "step"})
+
+
+def training_config(config: RunConfig) -> dict[str, Any]:
+    """What the trainer process is told of a run; see trainer.assemble.TrainingConfig."""
+    data = config.to_dict()
+    parts = ("num_steps", "model", "objective", "optimizer", "trainer", "mesh", "checkpoint")
+    kept = {"kind": data["data"]["kind"], **{k: data["data"][k] for k in ("seq_len", "batch_size", "eval_batch_size")}}
+    return {**{k: data[k] for k in parts}, "data": kept, "config_digest": config_digest(config)}
+
+
+class Session(ABC):
+    """What the flow needs of a trainer."""
+
+    def __init__(self, config: RunConfig, run_dir: RunDir, *, listener: Listener = lambda kind, value: None, require_exact: bool = False):
+        self.config, self.run_dir, self.listener, self.require_exact = config, run_dir, listener, require_exact
+        self.data: Path | None = None  # the prepared data; set before `open` or anything that needs the weights
+        self._stop_requests: list[int] = []  # signals that came in while a call was waiting
+        self._stopping = False
+
+    def warm_up(self) -> None:  # noqa: B027  nothing to do is a fine answer
+        """Begin with what takes long, without waiting for it. Called from the main thread."""
+
+    @abstractmethod
+    def start(self) -> dict[str, Any]:
+        """Assemble the trainer; what of the machine it uses. Raises ConfigError where the config does not fit the devices."""
+
+    @abstractmethod
+    def open(self) -> Commit:
+        """Restore the newest commit, or make that of step 0."""
+
+    @abstractmethod
+    def train_until(self, step: int) -> Commit:
+        """Train to `step` and commit it."""
+
+    @abstractmethod
+    def evaluate(self, step: int, split: str, *, row: int) -> dict[str, Any]:
+        """Evaluate the weights of committed `step` and write the values as the row of step `row`; returns them."""
+
+    @abstractmethod
+    def sample(self, step: int, prompt: str) -> str:
+        """A text that begins with `prompt`, by the weights of committed `step`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the trainer; nothing that is not committed becomes so."""
+
+    @contextlib.contextmanager
+    def _signals_deferred(self) -> Iterator[None]:
+        """Within, stop signals are only noted; afterwards the first of them is raised again. A second one is not held back."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous: dict[int, Any] = {}
+
+        def note(number: int, frame: Any) -> None:
+            self._stop_requests.append(number)
+            if len(self._stop_requests) > 1:
+                log.warning("a second stop request: giving up at once, the last commit stands")
+                restore()
+                signal.raise_signal(number)
+
+        def restore() -> None:
+            for held, handler in previous.items():
+                signal.signal(held, handler)
+
+        for number in STOP_SIGNALS:
+            previous[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            restore()
+            self._stopping = False
+            if self._stop_requests:
+                first, self._stop_requests = self._stop_requests[0], []
+                signal.raise_signal(first)
+
+
+class InlineSession(Session):
+    """The trainer in this very process: for notebooks, debugging and most tests."""
+
+    _trainer: Any = None
+    _run: Any = None
+
+    def start(self) -> dict[str, Any]:
+        """See Session.start."""
+        from trainer.assemble import TrainingConfig, assemble
+        from trainer.backend import set_up_jax
+        from trainer.run import describe_devices
+
+        set_up_jax(numerics=self.config.execution.numerics)
+        self._training = TrainingConfig.model_validate(training_config(self.config))
+        self._trainer = self._trainer or assemble(self._training)
+        return describe_devices(self._trainer)
+
+    def open(self) -> Commit:
+        """See Session.open."""
+        from trainer.run import Run
+
+        self.start()
+        assert self.data is not None, "session.data comes first"
+        self._run = Run(
+            self._training,
+            self._trainer,
+            self.run_dir,
+            self.data,
+            should_stop=lambda: bool(self._stop_requests),
+            on_step=lambda step: self.listener("beat", {"phase": "step", "step": step}),
+            on_row=lambda split, step, values: self.listener("row", [split, step, values]),
+            require_exact=self.require_exact,
+        )
+        return self._run.open()
+
+    def train_until(self, step: int) -> Commit:
+        """See Session.train_until."""
+        with self._signals_deferred():
+            with self._opened() as run:
+                return run.train_until(step)
+
+    def evaluate(self, step: int, split: str, *, row: int) -> dict[str, Any]:
+        """See Session.evaluate."""
+        with self._opened() as run:
+            values = run.evaluate(step, split)
+            return run.record(split, row, values | ({"best_step": step} if split == "test" else {}))
+
+    def sample(self, step: int, prompt: str) -> str:
+        """See Session.sample."""
+        with self._opened() as run:
+            return run.sample(step, prompt)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """The run; dropped where a call on it fails, since its arrays may have been donated."""
+        if self._run is None:
+            self.open()
+        try:
+            yield self._run
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """See Session.close."""
+        if self._run is not None:
+            self._run.close()
+        self._run = self._trainer = None
+
+
+class Child:
+    """A trainer process and our end of its pipe."""
+
+    def __init__(self, lock_fd: int, log_path: Path):
+        ours, theirs = socket.socketpair()
+        with theirs, open(log_path, "ab") as log_file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "trainer.worker", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(), lock_fd),
+                env={"GLIBC_TUNABLES": MALLOC, **os.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,  # a Ctrl-C in the terminal is for the command alone
+            )
+        self.connection = Connection(ours.detach())
+        self.began = self.last_sign = time.monotonic()
+        self.phase = "imports"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs, as far as the kernel knows."""
+        return self.process.poll() is None
+
+    def send(self, kind: str, value: Any) -> None:
+        """Send a request. Raises TrainerDiedError where nobody is there to read it."""
+        try:
+            self.connection.send_bytes(json.dumps([kind, value]).encode())
+        except OSError as e:
+            raise self.died() from e
+
+    def receive(self, timeout: float) -> list[Any] | None:
+        """The next message, None where none came in time. Raises TrainerDiedError where none will."""
+        try:
+            if not self.connection.poll(timeout):
+                limit = BEAT_LIMIT if self.phase != "imports" else START_LIMIT
+                if time.monotonic() - self.last_sign > limit:
+                    raise self.hung(limit)
+                return None
+            message = json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError) as e:
+            raise self.died() from e
+        self.last_sign = time.monotonic()
+        if message[0] == "beat":
+            self.phase = message[1]["phase"]
+        return message
+
+    def died(self) -> TrainerDiedError:
+        """What became of the process, as an error."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        code = self.process.returncode
+        how = "without a word" if code is None else f"with exit code {code}" if code >= 0 else f"by signal {-code} ({_signal_name(-code)})"
+        hint = "; the system may have run out of memory: lower data.batch_size" if code == -signal.SIGKILL else ""
+        return TrainerDiedError(f"the trainer process {self.process.pid} ended {how} in phase {self.phase}{hint}")
+
+    def hung(self, limit: float) -> TrainerHungError:
+        """The error of a process without signs of life, which is killed."""
+        self.kill()
+        return TrainerHungError(
+            f"the trainer process {self.process.pid} gave no sign of life for {limit:.0f} s in phase {self.phase}; killed"
+        )
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        self.connection.close()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "?"
+
+
+class ProcessSession(Session):
+    """The trainer in a warm process of its own, and a spare one with its imports done, so that a replacement is quick."""
+
+    def __init__(self, config: RunConfig, run_dir: RunDir, lock_fd: int, **kwargs: Any):
+        super().__init__(config, run_dir, **kwargs)
+        self._lock_fd = lock_fd
+        self._child: Child | None = None
+        self._spare: Child | None = None
+        self._description: dict[str, Any] | None = None  # of the devices; None: the current child is not started
+        self._is_open = False
+        self._committed = -1
+
+    def warm_up(self) -> None:
+        """See Session.warm_up. The process dies with the thread that spawns it, hence the main one."""
+        if self._child is None:
+            self._child = self._spawn()
+
+    def start(self) -> dict[str, Any]:
+        """See Session.start."""
+        with self._signals_deferred():
+            return self._started()
+
+    def open(self) -> Commit:
+        """See Session.open."""
+        with self._signals_deferred():
+            return self._open()
+
+    def train_until(self, step: int) -> Commit:
+        """See Session.train_until."""
+        with self._signals_deferred():
+            commit = Commit(**self._call("train_until", step=step))
+            self._committed = commit.step
+            self._keep_spare()
+            return commit
+
+    def evaluate(self, step: int, split: str, *, row: int) -> dict[str, Any]:
+        """See Session.evaluate."""
+        with self._signals_deferred():
+            return self._call("evaluate", step=step, split=split, row=row)
+
+    def sample(self, step: int, prompt: str) -> str:
+        """See Session.sample."""
+        with self._signals_deferred():
+            return self._call("sample", step=step, prompt=prompt)
+
+    def close(self) -> None:
+        """See Session.close."""
+        for child in (self._child, self._spare):
+            if child is not None:
+                child.kill()
+        self._child = self._spare = None
+        self._is_open = False
+
+    def _spawn(self) -> Child:
+        self.run_dir.logs.mkdir(parents=True, exist_ok=True)
+        return Child(self._lock_fd, self.run_dir.logs / "trainer.log")
+
+    def _keep_spare(self) -> None:
+        if self._spare is not None and not self._spare.alive:
+            self._spare.kill()
+            self._spare = None
+        if self._spare is None:
+            self._spare = self._spawn()
+
+    def _take(self) -> Child:
+        """The current child; a new one where it is gone: the spare, if that lives."""
+        if self._child is not None and self._child.alive:
+            return self._child
+        if self._child is not None:
+            self._child.kill()
+        spare, self._spare = self._spare, None
+        if spare is not None and not spare.alive:
+            spare.kill()
+            spare = None
+        if spare is not None:
+            spare.last_sign = time.monotonic()
+        self._child, self._description, self._is_open = spare or self._spawn(), None, False
+        return self._child
+
+    def _started(self) -> dict[str, Any]:
+        child = self._take()
+        if self._description is None:
+            self._description = self._ask(
+                child,
+                "start",
+                config=training_config(self.config),
+                run_dir=str(self.run_dir.path),
+                numerics=self.config.execution.numerics,
+                require_exact=self.require_exact,
+            )
+        return self._description
+
+    def _open(self) -> Commit:
+        self._started()
+        assert self._child is not None and self.data is not None, "session.data comes first"
+        commit = Commit(**self._ask(self._child, "open", data=str(self.data)))
+        self._is_open, self._committed = True, commit.step
+        return commit
+
+    def _call(self, kind: str, **value: Any) -> Any:
+        self._started()
+        if not self._is_open:
+            self._open()
+        assert self._child is not None
+        return self._ask(self._child, kind, **value)
+
+    def _ask(self, child: Child, kind: str, **value: Any) -> Any:
+        """Send a request and wait for its answer; on the way hand on what the trainer tells, and a stop request to it."""
+        try:
+            child.send(kind, value)
+            deadline = None
+            while True:
+                if self._stop_requests and not self._stopping:
+                    self._stopping, deadline = True, time.monotonic() + self.config.execution.grace_seconds
+                    log.info("asked to stop: finishing the step and committing it")
+                    child.send("stop", None)
+                if deadline is not None and time.monotonic() > deadline:
+                    grace = self.config.execution.grace_seconds
+                    raise StoppedError(f"no commit within the {grace:g} s of grace; step {self._committed} stands", step=self._committed)
+                message = child.receive(POLL)
+                if message is None:
+                    continue
+                topic, content = message
+                if topic == "ok":
+                    return content
+                if topic == "error":
+                    raise revive(content)
+                if topic == "log":
+                    logging.getLogger(content[0]).log(content[1], content[2])
+                else:
+                    self.listener(topic, content)
+        except BaseException as e:
+            # Whatever went wrong, the arrays of that process are not to be trusted: the next call has a new one.
+            if isinstance(e, TrainerDiedError):
+                self.run_dir.event("killed", pid=child.process.pid, phase=child.phase, **describe(e))
+            child.kill()
+            self._child = None
+            raise
+
+
+def make_session(config: RunConfig, run_dir: RunDir, lock_fd: int, **kwargs: Any) -> Session:
+    """The session that `execution.mode` asks for."""
+    if config.execution.mode == "inline":
+        return InlineSession(config, run_dir, **kwargs)
+    return ProcessSession(config, run_dir, lock_fd, **kwargs)

@@ -1,0 +1,59 @@
+"""A folder, perhaps on a mounted disk, as a store: copied beside its place, verified, renamed into it."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer import manifest
+from trainer.errors import StorageError
+from trainer.files import fsync, fsync_tree, write_atomic
+
+PART = ".part-"
+
+
+class LocalStore:
+    """Copies of one run's checkpoints under `root/checkpoints`, and of its other files beside them."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+
+    def published(self) -> dict[int, str]:
+        """See Store.published. A copy has its name only once it was verified."""
+        found = {}
+        for step in manifest.steps_in(self.checkpoints):
+            try:
+                found[step] = manifest.own_crc(self.checkpoints / manifest.name_of(step))
+            except (OSError, ValueError, KeyError):
+                continue  # damaged since: to be published again
+        return found
+
+    def publish(self, step: int, checkpoint: Path, others: Mapping[str, bytes | Path]) -> str:
+        """See Store.publish."""
+        target = self.checkpoints / manifest.name_of(step)
+        part = self.checkpoints / f"{PART}{target.name}"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(checkpoint, part)
+            fsync_tree(part)
+            if wrong := manifest.problems(part, step):
+                raise StorageError(f"the copy of checkpoint {step} in {self.root} is not whole: {'; '.join(wrong[:3])}; it is made again")
+            for name, content in others.items():
+                write_atomic(self.root / name, content if isinstance(content, bytes) else content.read_bytes())
+            self.delete(step)
+            os.rename(part, target)
+            fsync(self.checkpoints)
+        except OSError as e:
+            raise StorageError(f"checkpoint {step} cannot be published to {self.root}: {e}; see to the folder, it is tried again") from e
+        return str(target)
+
+    def delete(self, step: int) -> None:
+        """See Store.delete."""
+        target = self.checkpoints / manifest.name_of(step)
+        if target.exists():
+            gone = self.checkpoints / f"{PART}{target.name}-deleted"
+            shutil.rmtree(gone, ignore_errors=True)
+            os.rename(target, gone)  # at once: what is half deleted must not look like a copy
+            shutil.rmtree(gone, ignore_errors=True)

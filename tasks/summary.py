@@ -1,0 +1,79 @@
+"""What a run directory says of its run: read from files alone, without Prefect and without a trainer."""
+
+import json
+from typing import Any
+
+from configs.run import RunConfig
+from trainer import manifest, rows
+from trainer.retention import best_step
+from trainer.rundir import RunDir
+
+from .refs import CheckpointRef
+from .stores import Store, make_store
+from .writer import is_trained
+
+
+def store_of(config: RunConfig, run_dir: RunDir) -> Store | None:
+    """The store that the run is published to; None where it is published nowhere."""
+    run_id = json.loads(run_dir.identity.read_text())["run_id"]
+    return make_store(config.publish, run_dir, run_name=config.name, run_id=run_id)
+
+
+def best_of(config: RunConfig, run_dir: RunDir) -> int | None:
+    """The run's best step by its validation rows."""
+    found = ((row["step"], rows.values_of(row)) for row in rows.read(run_dir.metrics) if row["split"] == "val")
+    return best_step(found, config.checkpoint)
+
+
+def commit_of(run_dir: RunDir, step: int) -> CheckpointRef:
+    """The ref of a committed step."""
+    return CheckpointRef(step=step, manifest_crc32c=manifest.own_crc(run_dir.checkpoints / manifest.name_of(step)))
+
+
+def has_test(config: RunConfig) -> bool:
+    """Whether the run's data has a test split."""
+    return config.data.get("test_fraction") != 0
+
+
+def is_finished(config: RunConfig, run_dir: RunDir) -> bool:
+    """Whether nothing is left to do: the last step is committed and whole, evaluated, published and reported."""
+    if not (is_trained(config, run_dir) and run_dir.report.exists() and run_dir.plot.exists()):
+        return False
+    splits = {r["split"] for r in rows.read(run_dir.metrics) if r["step"] == config.num_steps}
+    store = store_of(config, run_dir)
+    return "val" in splits and ("test" in splits or not has_test(config)) and (store is None or config.num_steps in store.published())
+
+
+def result_of(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
+    """The result of a run in JSON terms, as `train --json` prints it."""
+    found = rows.read(run_dir.metrics)
+    vals = {r["step"]: rows.values_of(r) for r in found if r["split"] == "val"}
+    steps = manifest.steps_in(run_dir.checkpoints)
+    return {
+        "run_dir": str(run_dir.path),
+        "status": "done" if steps and steps[-1] == config.num_steps else "unfinished",
+        "step": steps[-1] if steps else None,
+        "val": vals[max(vals)] if vals else {},
+        "test": next((rows.values_of(r) for r in found if r["split"] == "test"), {}),
+        "best_step": best_of(config, run_dir),
+        "report": str(run_dir.report),
+    }
+
+
+def validations(run_dir: RunDir) -> list[dict[str, Any]]:
+    """One row per validation: step, loss, bits per byte, perplexity, accuracy."""
+    wanted = ("loss", "bits_per_byte", "perplexity", "accuracy")
+    found = [r for r in rows.read(run_dir.metrics) if r["split"] == "val"]
+    return [{"step": r["step"], **{k: round(r[k], 4) for k in wanted if r.get(k) is not None}} for r in found]
+
+
+def checkpoints(config: RunConfig, run_dir: RunDir) -> list[dict[str, Any]]:
+    """One row per committed checkpoint: step, size, whether it is published and the best."""
+    store = store_of(config, run_dir)
+    published, best = (store.published() if store else {}), best_of(config, run_dir)
+    out = []
+    for step in manifest.steps_in(run_dir.checkpoints):
+        folder = run_dir.checkpoints / manifest.name_of(step)
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        out.append({"step": step, "MB": round(size / 1e6, 2), "published": step in published, "best": step == best})
+    return out

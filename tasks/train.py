@@ -1,0 +1,52 @@
+"""The tasks that make and train weights. Neither has tags: Prefect asks its server about each tag before a task run
+begins, and training waits for no server.
+"""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from configs.run import RunConfig
+from trainer import manifest
+from trainer.manifest import Commit
+
+from .refs import CheckpointRef, DataRef, already_done
+from .retry import TRAINER_DELAYS, TRAINER_RETRIES, can_help
+from .writer import current
+
+
+def _ref(commit: Commit) -> CheckpointRef:
+    return CheckpointRef(step=commit.step, manifest_crc32c=commit.manifest_crc32c)
+
+
+@task(
+    task_run_name="init[{config.name}]",
+    retries=TRAINER_RETRIES,
+    retry_delay_seconds=TRAINER_DELAYS,
+    retry_condition_fn=can_help,
+    cache_policy=NO_CACHE,
+)
+def init_model(config: RunConfig, data: DataRef) -> CheckpointRef:
+    """The run's newest commit, made where there is none.
+
+    A run that is trained to its end already is not loaded for this: its files are verified, and that is all.
+    """
+    writer = current()
+    writer.session.data = Path(data.path)
+    newest = manifest.newest_whole(writer.run_dir.checkpoints)
+    if newest is not None and newest.step == config.num_steps:
+        return already_done(_ref(newest), f"step {newest.step} is committed")
+    return _ref(writer.session.open())
+
+
+@task(
+    task_run_name="train[{ref.step}-{end}]",
+    retries=TRAINER_RETRIES,
+    retry_delay_seconds=TRAINER_DELAYS,
+    retry_condition_fn=can_help,
+    cache_policy=NO_CACHE,
+)
+def train_chunk(config: RunConfig, ref: CheckpointRef, end: int) -> CheckpointRef:
+    """Train from `ref` to step `end` and commit. Killed at any moment and called again, it goes on from the newest commit."""
+    return _ref(current().session.train_until(end))

@@ -1,0 +1,142 @@
+"""The one writer of a run directory: its lock, its config, and the session that trains in it.
+
+Whoever runs a flow on a directory enters `writing`; entered again for the same directory, as the flow does inside the
+command, it gives the same writer. Tasks find it by `current`, since a session cannot cross a task boundary.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.load import read_config, to_json
+from configs.run import RunConfig, resume_conflicts
+from trainer.errors import ConfigError, RunDirError, StoppedError, describe
+from trainer.files import write_atomic
+from trainer.manifest import NAME, name_of, newest_whole, steps_in
+from trainer.rundir import RunDir, WriterLock
+
+from .artifacts import Artifacts
+from .session import Session, make_session
+
+log = logging.getLogger(__name__)
+
+RUNS_ROOT = "runs"
+FORMAT_VERSION = 1
+
+_current: "Writer | None" = None
+
+
+class Writer:
+    """What the tasks of a run share: `config`, `run_dir` and the `session`."""
+
+    def __init__(self, config: RunConfig, run_dir: RunDir, lock_fd: int, *, require_exact: bool):
+        self.config, self.run_dir = config, run_dir
+        self.entered = False  # the flow's body has begun
+        self.result: dict[str, Any] | None = None  # of the flow, as soon as its work is done
+        self.on_result: Callable[[dict[str, Any]], None] = lambda result: None
+        self.listeners: list[Callable[[str, Any], None]] = []  # told of rows and signs of life, in the thread that waits for them
+        self.session: Session = make_session(config, run_dir, lock_fd, listener=self._tell, require_exact=require_exact)
+
+    @functools.cached_property
+    def artifacts(self) -> Artifacts:
+        """What is shown of the run in the Prefect UI; first asked for inside the flow."""
+        return Artifacts()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Note that all work is done and written; what follows are reports to a server."""
+        self.run_dir.event("finished", step=result["step"])
+        self.result = result
+        self.on_result(result)
+
+    def _tell(self, kind: str, value: Any) -> None:
+        for listener in self.listeners:
+            listener(kind, value)
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """Where a run of this name is kept unless another place is asked for."""
+    return Path(RUNS_ROOT, config.name).absolute()
+
+
+def current() -> Writer:
+    """The writer of the run that this process trains. Raises RunDirError outside of `writing`."""
+    if _current is None:
+        raise RunDirError("no run directory is open for writing; tasks of a run are called inside `with writing(...)`")
+    return _current
+
+
+@contextlib.contextmanager
+def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exact: bool = False) -> Iterator[Writer]:
+    """Take the run directory for a run of `config`, logging `started` and, where it ends early by request, `stopped`.
+
+    Raises RunDirError where it cannot be written or another process writes it, ConfigError where a run of another config
+    lives there.
+    """
+    global _current
+    place = RunDir(run_dir or default_run_dir(config))
+    if _current is not None:
+        if _current.run_dir.path != place.path:
+            raise RunDirError(f"this process writes {_current.run_dir.path} already and cannot write {place.path} too")
+        yield _current
+        return
+    lock = WriterLock(place)
+    lock.acquire()
+    try:
+        settle_config(place, config)
+        _current = Writer(config, place, lock.fd, require_exact=require_exact)
+        session = _current.session
+        place.event("started", pid=os.getpid())
+        try:
+            yield _current
+        except BaseException as e:
+            session.close()
+            asked = isinstance(e, StoppedError) or not isinstance(e, Exception)
+            if asked and (step := newest_step(place)) is not None:
+                place.event("stopped", step=step, reason=type(e).__name__)
+                log.info("stopped; step %d is committed", step)
+            elif not asked:
+                place.event("failed", **describe(e))
+            raise
+        finally:
+            session.close()
+            _current = None
+    finally:
+        lock.release()
+
+
+def is_trained(config: RunConfig, place: RunDir) -> bool:
+    """Whether the run's last step is committed, and whole."""
+    newest = newest_whole(place.checkpoints)
+    return newest is not None and newest.step == config.num_steps
+
+
+def settle_config(place: RunDir, config: RunConfig, *, dry: bool = False) -> None:
+    """Make the directory one of a run of `config`, or see that it is one; `dry` only looks. Raises ConfigError with the differences."""
+    if place.config.exists():
+        old = read_config(place.config)
+        if conflicts := resume_conflicts(old, config):
+            lines = "\n  ".join(conflicts)
+            raise ConfigError(
+                f"{place.path} holds a run of another config:\n  {lines}\n"
+                "go on with its own (everstep resume), or choose another name or --run-dir"
+            )
+        if old == config:
+            return
+    elif steps_in(place.checkpoints):
+        raise RunDirError(f"{place.path} has checkpoints but no config.json; bring that back, or choose another directory by --run-dir")
+    if dry:
+        return
+    if not place.identity.exists():
+        identity = f'{{"format": {FORMAT_VERSION}, "run_id": "{secrets.token_hex(8)}"}}\n'
+        write_atomic(place.identity, identity.encode())
+    write_atomic(place.config, to_json(config).encode())  # last: with it the directory is a run
+
+
+def newest_step(place: RunDir) -> int | None:
+    """The newest step that has a manifest, by name alone."""
+    return next((s for s in reversed(steps_in(place.checkpoints)) if (place.checkpoints / name_of(s) / NAME).exists()), None)
