@@ -1,0 +1,384 @@
+"""The command line: what each command takes, and how it ends. The work is elsewhere and imported when it is needed.
+
+Every command takes `--json` (one object on stdout, all else on stderr) and ends by naming the next useful command. Exit
+codes: 0 done, 1 failed, 2 bad usage or config, 75 stopped early and resumable.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from trainer.errors import ConfigError, EverstepError, RunDirError
+
+from .console import say
+
+app = App(
+    name="everstep",
+    help="Declarative training of language models: one preset says what a run is; kill it anywhere, it goes on to the same bits.",
+    version_flags=["--version"],
+)
+config_app = App(name="config", help="Show presets and what a run's config may hold.")
+app.command(config_app)
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout; everything else goes to stderr.")]
+RunPath = Annotated[str, Parameter(help="A run directory, or its name under runs/.")]
+Overrides = Annotated[tuple[str, ...], Parameter(help="Changes of the preset, such as optimizer.schedule.lr=1e-3 or model=llama-small.")]
+RunDirOption = Annotated[Path | None, Parameter(name="--run-dir", help="Where the run lives; runs/NAME if not given.")]
+RequireExact = Annotated[bool, Parameter(name="--require-exact", negative="", help="Refuse to go on where bits might differ.")]
+
+
+def next_step(*commands: str) -> None:
+    """Name what one may want to do next."""
+    say("next: " + "\n      ".join(commands))
+
+
+def answer(result: dict[str, Any], *, as_json: bool) -> None:
+    """The one JSON object, where it is asked for."""
+    if as_json:
+        print(json.dumps(result), flush=True)
+
+
+def split_preset(words: tuple[str, ...], *, default: str = "tiny") -> tuple[str, list[str]]:
+    """The preset (or file) among the words, if any, and the overrides."""
+    if words and ("=" not in words[0] or words[0].endswith(".yaml")):
+        return words[0], list(words[1:])
+    return default, list(words)
+
+
+def run_path(run: str) -> Path:
+    """The directory of a run, given as such or by its name. Raises RunDirError if there is none."""
+    for path in (Path(run), Path("runs", run)):
+        if (path / "config.json").exists():
+            return path.absolute()
+    raise RunDirError(f"there is no run at {Path(run)} or {Path('runs', run)}; `everstep train` makes one, `ls runs` shows what there is")
+
+
+def shown(path: Path | str) -> str:
+    """A path as short as it can be typed here."""
+    short = os.path.relpath(path)
+    return short if not short.startswith("..") else str(path)
+
+
+@app.command
+def train(
+    *words: Annotated[str, Parameter(help="A preset or YAML file (default: tiny), then overrides a.b=c.")],
+    run_dir: RunDirOption = None,
+    require_exact: RequireExact = False,
+    as_json: Json = False,
+) -> None:
+    """Train a run to its end. On an existing run directory it goes on where that stopped, or says that all is done."""
+    from configs.load import load
+
+    preset, overrides = split_preset(words)
+    _train(load(preset, overrides), run_dir, require_exact=require_exact, as_json=as_json)
+
+
+@app.command
+def resume(run: RunPath, *, require_exact: RequireExact = False, as_json: Json = False) -> None:
+    """Go on with a run from its newest commit."""
+    from configs.load import read_config
+
+    path = run_path(run)
+    _train(read_config(path), path, require_exact=require_exact, as_json=as_json)
+
+
+def _train(config: Any, run_dir: Path | None, *, require_exact: bool, as_json: bool) -> None:
+    from . import launch
+
+    def finish(result: dict[str, Any]) -> None:
+        where = shown(result["run_dir"])
+        bits = result["test"].get("bits_per_byte", result["val"].get("bits_per_byte"))
+        say(f"done: step {result['step']}" + (f", {bits:.3f} bits per byte" if bits else "") + f", report {shown(result['report'])}")
+        next_step(f"everstep generate {where} --prompt 'The function'", f"everstep status {where}", "everstep ui")
+        answer(result, as_json=as_json)
+
+    launch.train(config, run_dir, require_exact=require_exact, finish=finish)
+
+
+@app.command
+def demo(*, run_dir: RunDirOption = None, as_json: Json = False) -> None:
+    """Train the preset tiny on the bundled text, and show what came of it."""
+    from configs.load import load
+
+    from . import launch, show, use
+
+    config = load("tiny", ["name=demo"])
+
+    def finish(result: dict[str, Any]) -> None:
+        where = shown(result["run_dir"])
+        show.demo(result, use.baseline(config))
+        next_step(
+            f"everstep generate {where} --prompt 'The module'",
+            "everstep ui           the run in the Prefect UI",
+            "everstep init mine    a preset and a folder for text of your own",
+        )
+        answer(result, as_json=as_json)
+
+    launch.train(config, run_dir, require_exact=False, finish=finish)
+
+
+@app.command
+def init(folder: Path, *, as_json: Json = False) -> None:
+    """Write a short preset of your own, and a folder for your text, into FOLDER."""
+    from . import show
+
+    file = show.write_preset(folder)
+    say(f"wrote {shown(file)}; put .txt, .md, .jsonl or .parquet files into {shown(folder / 'texts')}")
+    next_step(f"everstep plan {shown(file)}", f"everstep train {shown(file)}")
+    answer({"preset": str(file)}, as_json=as_json)
+
+
+@app.command
+def status(run: RunPath | None = None, *, watch: bool = False, as_json: Json = False) -> None:
+    """How far a run is, what it is doing, and why it stopped; without RUN, of all runs under runs/."""
+    from . import show
+
+    if run is None:
+        answer({"runs": show.all_runs(Path("runs"), quiet=as_json)}, as_json=as_json)
+        next_step("everstep status RUN")
+        return
+    path = run_path(run)
+    found = show.status(path, watch=watch, quiet=as_json)
+    next_step(f"everstep resume {shown(path)}" if found["status"] != "done" else f"everstep generate {shown(path)} --prompt 'The function'")
+    answer(found, as_json=as_json)
+
+
+@app.command
+def logs(run: RunPath, *, follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative="")] = False, as_json: Json = False) -> None:
+    """The events of a run, and where its processes log."""
+    from . import show
+
+    path = run_path(run)
+    events = show.logs(path, follow=follow, quiet=as_json)
+    next_step(f"everstep status {shown(path)}")
+    answer({"events": events, "logs": str(path / "logs")}, as_json=as_json)
+
+
+@app.command
+def verify(run: RunPath, *, as_json: Json = False) -> None:
+    """Check every file of every checkpoint against its manifest, and give the digests of what they hold. Changes nothing."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a card may be busy training
+    from trainer.checkpoint import verify as check
+
+    path = run_path(run)
+    found = check(path)
+    for row in found:
+        state = f"params {row['params_sha256'][:16]}  state {row['state_sha256'][:16]}" if row["ok"] else "; ".join(row["problems"])
+        if not as_json:
+            say(f"step {row['step']:>8}  {'ok     ' if row['ok'] else 'DAMAGED'}  {state}")
+    good = bool(found) and all(row["ok"] for row in found)
+    next_step(
+        f"everstep status {shown(path)}" if good else f"everstep resume {shown(path)}   sets damaged ones aside and trains them again"
+    )
+    answer({"checkpoints": found}, as_json=as_json)
+    if not good:
+        raise SystemExit(1)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunPath,
+    *,
+    step: Annotated[int | None, Parameter(help="A committed step; the best if not given.")] = None,
+    split: str = "val",
+    as_json: Json = False,
+) -> None:
+    """Evaluate the weights of a run on one split of its data. Writes nothing."""
+    from . import use
+
+    path = run_path(run)
+    found = use.evaluate(path, step=step, split=split)
+    if not as_json:
+        say(f"step {found['step']} on {split}: " + ", ".join(f"{k} {v:.4f}" for k, v in found["values"].items() if isinstance(v, float)))
+    next_step(f"everstep generate {shown(path)} --prompt 'The function'")
+    answer(found, as_json=as_json)
+
+
+@app.command
+def generate(
+    run: RunPath,
+    *,
+    prompt: str,
+    step: Annotated[int | None, Parameter(help="A committed step; the best if not given.")] = None,
+    max_tokens: int = 200,
+    temperature: Annotated[float, Parameter(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: int | None = 50,
+    seed: int = 0,
+    device: Annotated[str | None, Parameter(help="cpu leaves an accelerator alone that is training.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text with the weights of a run."""
+    from . import use
+
+    path = run_path(run)
+    found = use.generate(
+        path,
+        prompt,
+        step=step,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        device=device,
+        on_text=None if as_json else lambda text: print(text, end="", flush=True),
+    )
+    if not as_json:
+        print(flush=True)
+    next_step(f"everstep generate {shown(path)} --prompt '...' --seed {seed + 1}")
+    answer(found, as_json=as_json)
+
+
+@app.command
+def prepare(*words: str, as_json: Json = False) -> None:
+    """Prepare the data of a preset: read it, split it, train the tokenizer, pack it. Done once; training does it by itself."""
+    from configs.load import load
+    from trainer.data import load_manifest
+
+    from . import use
+
+    preset, overrides = split_preset(words)
+    config = load(preset, overrides)
+    ref = use.prepare(config)
+    manifest = load_manifest(ref.path)
+    for name, split in manifest.splits.items():
+        if not as_json:
+            say(f"{name:<6} {split.documents:>9,} documents  {split.bytes:>13,} bytes  {split.tokens:>12,} tokens  {split.rows:>10,} rows")
+    next_step(f"everstep train {' '.join(words)}".rstrip())
+    answer({"path": ref.path, "digest": ref.digest, "splits": {k: v.to_dict() for k, v in manifest.splits.items()}}, as_json=as_json)
+
+
+@app.command
+def plan(*words: str, run_dir: RunDirOption = None, as_json: Json = False) -> None:
+    """What `train` would do with the same words, and what that takes: parameters, memory, tokens, disk. Trains nothing."""
+    from configs.load import load
+
+    from . import use
+
+    preset, overrides = split_preset(words)
+    found = use.plan(load(preset, overrides), run_dir)
+    if not as_json:
+        width = max(map(len, found))
+        for key, value in found.items():
+            say(f"{key.replace('_', ' '):<{width}}  {value:,}" if isinstance(value, int) else f"{key.replace('_', ' '):<{width}}  {value}")
+    next_step(f"everstep train {' '.join(words)}".rstrip() + (f" --run-dir {run_dir}" if run_dir else ""))
+    answer(found, as_json=as_json)
+
+
+@config_app.command(name="show")
+def config_show(*words: str, as_json: Json = False) -> None:
+    """A preset with overrides, resolved, as YAML; without words, the presets."""
+    from configs.load import dump_yaml, load, presets
+
+    if not words:
+        found = presets()
+        for name, text in found.items():
+            if not as_json:
+                print(f"{name:<14}{text}")
+        next_step("everstep config show tiny", "everstep init mine")
+        answer({"presets": found}, as_json=as_json)
+        return
+    preset, overrides = split_preset(words)
+    config = load(preset, overrides)
+    if not as_json:
+        print(dump_yaml(config), end="")
+    next_step(f"everstep plan {' '.join(words)}")
+    answer(config.to_dict(), as_json=as_json)
+
+
+@config_app.command(name="schema")
+def config_schema(*, as_json: Json = False) -> None:
+    """The JSON schema of a config: every key, its type, its default."""
+    from configs.load import schema
+
+    print(json.dumps(schema(), indent=None if as_json else 2))
+    next_step("everstep config show tiny")
+
+
+@config_app.command(name="diff")
+def config_diff(*words: str, as_json: Json = False) -> None:
+    """What overrides, or a file, change of a preset: `config diff tiny a.b=c`; of a run: `config diff RUN tiny`."""
+    from configs.load import load, preset_diff, read_config
+
+    if not words:
+        raise ConfigError("config diff needs a preset and overrides, or a run and a preset")
+    if len(words) == 2 and "=" not in words[1]:
+        lines = preset_diff(read_config(run_path(words[0])), words[1])
+    else:
+        lines = preset_diff(load(words[0], words[1:]), words[0])
+    for line in lines if not as_json else ():
+        print(line)
+    next_step(f"everstep config show {words[-1] if '=' not in words[-1] else words[0]}")
+    answer({"differences": lines}, as_json=as_json)
+
+
+@app.command
+def doctor(*, as_json: Json = False) -> None:
+    """Look at what this machine offers a run, and say what is wrong and how to mend it."""
+    from . import use
+
+    found = use.doctor()
+    for check in () if as_json else found:
+        say(
+            f"{'ok ' if check['ok'] else 'BAD'}  {check['what']:<12} {check['found']}"
+            + ("" if check["ok"] else f"\n     -> {check['cure']}")
+        )
+    next_step("everstep demo" if all(c["ok"] for c in found) else "mend what is BAD above, then everstep doctor")
+    answer({"checks": found}, as_json=as_json)
+    if not all(check["ok"] for check in found):
+        raise SystemExit(1)
+
+
+@app.command
+def ui(*, port: int = 4200, as_json: Json = False) -> None:
+    """Start the stock Prefect UI on this user's database, where every run shows up. Ends with Ctrl-C."""
+    from . import use
+
+    def ready(url: str) -> None:
+        say(f"Prefect UI: {url}/runs   (Ctrl-C ends it)")
+        answer({"url": url}, as_json=as_json)
+
+    use.ui(port, on_ready=ready)
+    next_step("everstep status")
+
+
+def check_packages() -> None:
+    """See that the packages imported are ours. Raises ConfigError that names what stands in front of them."""
+    import importlib.util
+
+    ours = Path(__file__).resolve().parent.parent
+    for name in ("trainer", "configs", "tasks"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve() if spec and spec.origin else None
+        if found is None or found.parent.parent != ours:
+            raise ConfigError(f"the package {name!r} comes from {found}, not from {ours}; rename what stands there, or leave that folder")
+
+
+def main() -> None:
+    """Run one command; every way out has its exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        check_packages()
+        app(exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as e:
+        _fail(str(e) or type(e).__name__, 2, as_json=as_json, hint="everstep --help")
+    except EverstepError as e:
+        _fail(str(e), e.exit_code, as_json=as_json, kind=type(e).__name__)
+    except BrokenPipeError:
+        os._exit(1)
+    except KeyboardInterrupt:
+        os._exit(75)
+
+
+def _fail(message: str, code: int, *, as_json: bool, kind: str = "UsageError", hint: str | None = None) -> None:
+    say(f"error: {message}")
+    if hint:
+        next_step(hint)
+    if as_json:
+        print(json.dumps({"status": "stopped" if code == 75 else "failed", "error": {"type": kind, "message": message}}), flush=True)
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,82 @@
+"""A training run as a Prefect flow, from a config to a report. This page is the whole order of events."""
+
+from typing import Any, cast
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from configs.run import RunConfig, chunk_ends
+from tasks.data import prepare_data
+from tasks.evaluate import test, validate
+from tasks.logs import show_in_run
+from tasks.publish import publish_checkpoint, tidy
+from tasks.refs import CheckpointRef, value_of
+from tasks.report import show_tables, write_report
+from tasks.summary import best_of, commit_of, has_test, result_of
+from tasks.train import init_model, train_chunk
+from tasks.writer import Writer, is_trained, writing
+
+
+@flow(
+    name="pretrain",
+    flow_run_name="{config.name}",
+    # For publishing alone: chunks are trained in the main thread, where signals arrive.
+    task_runner=cast(Any, ThreadPoolTaskRunner(max_workers=2)),
+    validate_parameters=True,
+)
+def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool = False) -> dict[str, Any]:
+    """Prepare data, initialise a model, train it in chunks, validate and publish each, test the best, write a report.
+
+    Called again on a run directory it goes on from the newest commit, and does again only what was not finished.
+    Returns what `everstep train --json` prints.
+    """
+    with writing(config, run_dir, require_exact=require_exact) as writer:
+        writer.entered = True
+        show_in_run()
+        if not is_trained(config, writer.run_dir):
+            writer.session.start()  # what does not fit this machine is refused before anything is done
+        data = value_of(prepare_data(config))
+        ref = value_of(init_model(config, data))
+        publishing: list[PrefectFuture] = []
+        if ref.step == 0:
+            validate(config, ref)  # where learning began
+        for chunk, end in enumerate(chunk_ends(config), 1):
+            if end < ref.step:
+                continue  # done in an earlier life
+            if end > ref.step:
+                ref = train_chunk(config, ref, end)
+            if chunk % config.validate_every == 0 or end == config.num_steps:
+                validate(config, ref)
+            if config.publish.kind != "none":
+                publishing.append(publish_checkpoint.submit(config, ref, data, str(writer.run_dir.path)))
+            collect(publishing, wait=False)
+            tidy(config, writer.run_dir)
+            report_progress(writer, ref)
+        collect(publishing, wait=True)
+        step = best_of(config, writer.run_dir)
+        best = ref if step is None else commit_of(writer.run_dir, step)
+        if has_test(config):
+            test(config, best)
+        tidy(config, writer.run_dir)
+        write_report(config, data, best)
+        result = result_of(config, writer.run_dir)
+        writer.finish(result)
+        writer.artifacts.close()
+        return result
+
+
+def collect(futures: list[PrefectFuture], *, wait: bool) -> None:
+    """Raise what went wrong in the background, of all that is finished or, with `wait`, of all; a future that nobody asks hides it."""
+    for future in list(futures):
+        if wait or future.state.is_final():
+            future.result()
+            futures.remove(future)
+
+
+def report_progress(writer: Writer, ref: CheckpointRef) -> None:
+    """Bring the artifacts in the UI up to date; does not wait for them."""
+    config = writer.config
+    done = 100 * ref.step / config.num_steps
+    writer.artifacts.progress("progress", done, description=f"{config.name}: step {ref.step} of {config.num_steps}")
+    show_tables(config, writer.run_dir, writer.artifacts)
