@@ -1,39 +1,53 @@
 # Everything from a bare Python 3.11 with pip, git and make. `make` lists the targets.
 PYTHON ?= python3
 UV = PYTHONPATH=.uv $(PYTHON) -m uv
-READY = .venv/.ready
+ACCEL ?=
+LOCK = requirements$(ACCEL:%=-%).lock
+READY = .venv/.ready$(ACCEL:%=-%)
+RUN = .venv/bin/python
+
+# Without bytecode on the disk every process compiles a hundred megabytes of libraries anew.
+unexport PYTHONDONTWRITEBYTECODE
+# Another environment of the caller's is not ours.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format lock clean
+.PHONY: help demo test lint format bench acceptance lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 .uv/.ready:
 	@echo "· fetching uv"
-	@$(PYTHON) -m pip install -q --target .uv uv && touch $@
+	@$(PYTHON) -m pip install -q --disable-pip-version-check --root-user-action=ignore --target .uv uv && touch $@
 
-$(READY): .uv/.ready requirements.lock pyproject.toml
-	@echo "· installing the locked packages into .venv"
+$(READY): .uv/.ready $(LOCK) pyproject.toml
+	@echo "· installing the locked packages into .venv (about 1.2 GB, a minute or two the first time)"
 	@[ -x .venv/bin/python ] || $(UV) venv -q --python $(PYTHON) .venv
-	@$(UV) pip sync -q --python .venv/bin/python --require-hashes requirements.lock
+	@$(UV) pip sync -q --python .venv/bin/python --require-hashes $(LOCK)
 	@$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
-	@touch $@
+	@rm -f .venv/.ready* && touch $@
+
+demo: $(READY) ## train a small model on bundled text, through the whole pipeline, and show it (a few minutes)
+	@.venv/bin/everstep demo
+
+test: lint ## lint, then all tests
+	@$(RUN) -m pytest -n 2
 
 lint: $(READY) ## style, format and types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check -q .
 	@.venv/bin/mypy
 
-test: lint ## lint, then all tests
-	@.venv/bin/python -m pytest -n 2
-
 format: $(READY) ## rewrite the sources in the house's format
 	@.venv/bin/ruff check -q --fix .
 	@.venv/bin/ruff format -q .
+
+bench: $(READY) ## what the pipeline costs over a bare jitted loop, as a table
+	@$(RUN) -m tests.benchmarks.overhead
 
 lock: .uv/.ready ## resolve requirements.lock anew
 	@$(UV) pip compile -q pyproject.toml --group dev --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --python-version 3.11 -o requirements.lock
 
 clean: ## remove the environment and all caches of the tools
-	@rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	@rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

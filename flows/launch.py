@@ -70,10 +70,13 @@ def train(config: RunConfig, run_dir: Path | None, *, require_exact: bool, finis
                 writer.session.warm_up()
             writer.on_result = ending.within
             with server(writer.run_dir.path / "logs" / "server.log") as url:
+                from prefect import tags
+
                 from .pretrain import pretrain
 
                 display.line(f"Prefect UI    {url.removesuffix('/api')}")
-                writer.result = _insist(writer, lambda: pretrain(config, str(place), require_exact))
+                with tags("everstep", config.name):
+                    writer.result = _insist(writer, lambda: pretrain(config, str(place), require_exact))
         result = writer.result
     ending.now(result)
 

@@ -3,7 +3,8 @@
 from typing import Any, cast
 
 from prefect import flow
-from prefect.futures import PrefectFuture
+from prefect.context import TagsContext
+from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from configs.run import RunConfig, chunk_ends
@@ -31,14 +32,15 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
     Called again on a run directory it goes on from the newest commit, and does again only what was not finished.
     Returns what `everstep train --json` prints.
     """
-    with writing(config, run_dir, require_exact=require_exact) as writer:
+    # Tasks would take over the flow run's tags; see tasks/__init__.py for why they must not.
+    with writing(config, run_dir, require_exact=require_exact) as writer, TagsContext(current_tags=set()):
         writer.entered = True
         show_in_run()
         if not is_trained(config, writer.run_dir):
             writer.session.start()  # what does not fit this machine is refused before anything is done
         data = value_of(prepare_data(config))
         ref = value_of(init_model(config, data))
-        publishing: list[PrefectFuture] = []
+        publishing: list[PrefectConcurrentFuture] = []
         if ref.step == 0:
             validate(config, ref)  # where learning began
         for chunk, end in enumerate(chunk_ends(config), 1):
@@ -49,7 +51,7 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
             if chunk % config.validate_every == 0 or end == config.num_steps:
                 validate(config, ref)
             if config.publish.kind != "none":
-                publishing.append(publish_checkpoint.submit(config, ref, data, str(writer.run_dir.path)))
+                publishing.append(cast(Any, publish_checkpoint.submit(config, ref, data, str(writer.run_dir.path))))
             collect(publishing, wait=False)
             tidy(config, writer.run_dir)
             report_progress(writer, ref)
@@ -66,10 +68,10 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
         return result
 
 
-def collect(futures: list[PrefectFuture], *, wait: bool) -> None:
+def collect(futures: list[PrefectConcurrentFuture], *, wait: bool) -> None:
     """Raise what went wrong in the background, of all that is finished or, with `wait`, of all; a future that nobody asks hides it."""
     for future in list(futures):
-        if wait or future.state.is_final():
+        if wait or future.wrapped_future.done():  # the future's own `state` would ask the server
             future.result()
             futures.remove(future)
 

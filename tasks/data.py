@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 
 @task(
     task_run_name="prepare[{config.name}]",
-    tags={"data"},
     retries=STORE_RETRIES,
     retry_delay_seconds=STORE_DELAYS,
     retry_condition_fn=can_help,

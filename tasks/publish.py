@@ -25,7 +25,6 @@ TRASH = ".trash"
 
 @task(
     task_run_name="publish[{ref.step}]",
-    tags={"publish"},
     retries=STORE_RETRIES,
     retry_delay_seconds=STORE_DELAYS,
     retry_condition_fn=can_help,

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import uvicorn
 
-from tasks.server import STOP_SIGNAL
+from .server import STOP_SIGNAL
 
 SHUTDOWN_SECONDS = 2  # for requests in flight, after which they are cut off
 

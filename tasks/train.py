@@ -1,6 +1,4 @@
-"""The tasks that make and train weights. Neither has tags: Prefect asks its server about each tag before a task run
-begins, and training waits for no server.
-"""
+"""The tasks that make and train weights."""
 
 from pathlib import Path
 

@@ -73,7 +73,7 @@ def test_a_process_trains_the_same_bits_as_inline_through_kills_of_it_and_of_its
 
 
 def test_a_stopped_process_is_found_killed_and_replaced(started, reference, monkeypatch):
-    monkeypatch.setattr("tasks.session.BEAT_LIMIT", 3.0)
+    monkeypatch.setattr("tasks.child.BEAT_LIMIT", 3.0)
     started.session._child.process.send_signal(signal.SIGSTOP)
     with pytest.raises(TrainerHungError, match="no sign of life") as hung:
         started.session.train_until(2)
@@ -168,5 +168,9 @@ def test_the_spare_has_its_imports_done_and_no_backend(started):
     spare = started.session._spare
     wait_for(lambda: (spare.receive(0.1) or [None])[0] == "ready")
     assert isinstance(started.session, ProcessSession)
-    maps = Path(f"/proc/{spare.process.pid}/maps").read_text()
-    assert "jaxlib" in maps and Path(f"/proc/{spare.process.pid}/task").exists()
+    assert "jaxlib" in Path(f"/proc/{spare.process.pid}/maps").read_text()
+    assert "tf_XLAEigen" in threads(started.session._child) and "tf_XLAEigen" not in threads(spare)
+
+
+def threads(child):
+    return {(t / "comm").read_text().strip() for t in Path(f"/proc/{child.process.pid}/task").iterdir()}
