@@ -44,12 +44,12 @@ def test_every_preset_loads_says_what_it_is_for_and_survives_json_and_yaml(name,
     assert preset_diff(config, name) == []
 
 
-def test_tiny_is_what_the_quickstart_promises():
+def test_tiny_is_whole_and_short_enough_to_be_changed_by_a_word():
     config = load("tiny")
-    assert (config.model.width, config.model.num_layers, config.model.vocab_size) == (128, 2, 4096)
-    assert (config.num_steps, config.chunk_steps, config.optimizer.schedule.decay_steps) == (1500, 250, 1500)
-    assert config.optimizer.schedule.lr == 3e-3  # YAML 1.1 reads it as text
-    assert config.trainer.logger.log_every_n_steps == 25
+    schedule = config.optimizer.schedule
+    assert schedule.decay_steps == config.num_steps and isinstance(schedule.lr, float)  # YAML 1.1 reads 4e-3 as text
+    assert config.chunk_steps < config.num_steps and schedule.warmup_steps < 120
+    assert load("tiny", ["num_steps=60"]).num_steps == 60
 
 
 TYPOS = [
