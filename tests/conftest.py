@@ -11,6 +11,9 @@ SERVER = "EVERSTEP_TEST_API_URL"
 
 # Compiled programs are kept between sessions; what a test writes into the user's own cache would be a fault.
 os.environ["EVERSTEP_CACHE"] = str(ROOT / ".pytest_cache" / "everstep")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["EVERSTEP_CACHE"] + "/xla"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("DO_NOT_TRACK", "1")
 for name in ("PREFECT_API_URL", "PREFECT_PROFILE"):
     os.environ.pop(name, None)

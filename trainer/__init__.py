@@ -12,8 +12,9 @@ _PUBLIC = {
     "CallbackConfig": ".config",
     "MeshConfig": ".mesh",
     "TrainState": ".state",
+    "TrainerModule": ".module",
 }
-__all__ = ["CallbackConfig", "LoggerConfig", "MeshConfig", "TrainState", "TrainerConfig"]
+__all__ = ["CallbackConfig", "LoggerConfig", "MeshConfig", "TrainState", "TrainerConfig", "TrainerModule"]
 
 
 def __getattr__(name: str) -> Any:

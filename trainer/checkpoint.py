@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,20 @@ from . import manifest
 from .errors import CheckpointError
 from .files import fsync
 from .manifest import DIGITS, Commit, name_of, steps_in
-from .params import digest, flatten, unflatten
+from .params import digest, flatten, nested, unflatten
 from .state import TrainState
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds."""
+
+    state: TrainState
+    window: Any  # the open logging window
+    meta: dict[str, Any]  # JSON types
+    extra: dict[str, Any]  # callbacks' states, as nested dictionaries of host arrays
 
 
 class Checkpoints:
@@ -50,17 +61,19 @@ class Checkpoints:
         """Committed steps, ascending."""
         return [s for s in steps_in(self.root) if s != self._saving]
 
-    def save(self, state: TrainState, window: Any, meta: dict[str, Any]) -> None:
+    def save(self, state: TrainState, window: Any, meta: dict[str, Any], extra: Any = None) -> None:
         """Begin to save; the arrays may be donated once this returns. `finish` makes it final.
 
-        `meta` is of JSON types. Raises CheckpointError where a checkpoint of that step stands.
+        `window` and `extra` (callbacks' states) are trees of arrays, `meta` is of JSON types.
+
+        Raises CheckpointError where a checkpoint of that step stands.
         """
         assert self._saving is None, "a save is under way: finish it first"
         step = int(state.step)
         args = ocp.args.Composite(
             params=ocp.args.PyTreeSave(state.params),
-            train=ocp.args.PyTreeSave(_train_arrays(state, window)),
-            meta=ocp.args.JsonSave({"step": step, **meta}),
+            train=ocp.args.PyTreeSave({**_train_arrays(state, window), **flatten(extra, "extra")}),
+            meta=ocp.args.JsonSave({"step": step, "extra": sorted(flatten(extra, "extra")), **meta}),
         )
         if not self._manager.save(step, args=args):
             newest = max(self.steps(), default=None)
@@ -78,23 +91,50 @@ class Checkpoints:
         self._saving = None
         return Commit(step, crc)
 
-    def restore(self, step: int, state: TrainState, window: Any) -> tuple[TrainState, Any, dict[str, Any]]:
-        """State, open window and meta of a committed step, laid out as `state` and `window` (arrays or shapes with shardings).
+    def restore(self, step: int, state: TrainState, window: Any) -> Restored:
+        """A committed step, laid out as `state` and `window` (arrays or shapes with shardings).
 
-        Raises CheckpointError where the files are damaged or hold other shapes or dtypes.
+        Raises CheckpointError where the files are damaged or
+        hold other shapes or dtypes.
         """
         self._check(step)
         like = _train_arrays(state, window)
+        saved = json.loads((self.root / name_of(step) / "meta" / "metadata").read_text()).get("extra", [])
+        train = _restore_args(like)
+        train.restore_args.update({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in saved})
         found = self._manager.restore(
-            step, args=ocp.args.Composite(params=_restore_args(state.params), train=_restore_args(like), meta=ocp.args.JsonRestore())
+            step, args=ocp.args.Composite(params=_restore_args(state.params), train=train, meta=ocp.args.JsonRestore())
         )
+        extra = {path: found.train.pop(path) for path in saved}
         _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(found.params, "params"), **found.train})
         flat = found.train
         # Orbax's buffers may silently not be donated; what a jitted function returns is.
         shardings = jax.tree.map(lambda x: x.sharding, (found.params, flat))
         params, flat = jax.jit(lambda *x: x, out_shardings=shardings)(found.params, flat)
         new = TrainState(flat["step"], params, unflatten(state.opt_state, flat, "opt_state"), unflatten(state.mutable, flat, "mutable"))
-        return new, unflatten(window, flat, "window"), found.meta
+        return Restored(new, unflatten(window, flat, "window"), found.meta, nested(extra).get("extra", {}))
+
+    def restore_state(self, step: int, state: TrainState) -> TrainState:
+        """The state alone, whatever windows and callbacks were saved beside it."""
+        self._check(step)
+        flat = _load(self.root / name_of(step) / "train")
+        params, _ = read_weights(self.root.parent, step, state)
+        like = _train_arrays(state, None)
+        found = {k: flat[k] for k in like if k in flat}
+        _compare(step, like, found)
+        placed = {k: jax.device_put(v, like[k].sharding) for k, v in found.items()}
+        return TrainState(
+            placed["step"], params, unflatten(state.opt_state, placed, "opt_state"), unflatten(state.mutable, placed, "mutable")
+        )
+
+    def remove(self, steps: list[int]) -> None:
+        """Delete checkpoints that nothing keeps."""
+        for step in steps:
+            gone = self.root / f".trash-{name_of(step)}"
+            os.rename(self.root / name_of(step), gone)  # at once: what is half deleted must not look like a checkpoint
+            shutil.rmtree(gone)
+        if steps:
+            self._manager.reload()
 
     def newest_whole(self) -> int | None:
         """The newest step whose files are all as its manifest says; damaged ones on the way are set aside with a warning."""

@@ -7,7 +7,7 @@ its folder, or an import path (`my_pkg.mamba:MambaConfig`), so that parts may li
 import importlib
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, SerializeAsAny, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, TypeAdapter
 
 from .errors import ConfigError
 
@@ -96,10 +96,23 @@ def part_union(base: type[PartConfig], *members: type[PartConfig]) -> Any:
 LogMode = Literal["mean", "mean_nopostfix", "single", "max", "min", "std", "sum"]
 
 
+def _part(index: str, union: str) -> Any:
+    """A validator of parts whose index may only be imported once this module is whole."""
+
+    def parse(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return TypeAdapter(getattr(importlib.import_module(index, __package__), union)).validate_python(value)
+
+    return BeforeValidator(parse)
+
+
 class LoggerConfig(Config):
-    """Where metric rows go, and how often."""
+    """Where metric rows go, and how often. The pipeline writes metrics.jsonl by itself; `parts` come on top."""
 
     log_every_n_steps: int = Field(50, ge=1)  # steps in a logging window; windows end at its multiples
+    path: str | None = None  # train_model: the directory of logs and checkpoints; the pipeline has its run directory
+    parts: tuple[Annotated[SerializeAsAny[PartConfig], _part(".loggers", "AnyLoggerConfig")], ...] = ()
 
 
 class CallbackConfig(PartConfig):
@@ -126,7 +139,8 @@ class TrainerConfig(Config):
     default_train_log_modes: tuple[LogMode, ...] = ("mean",)
     intermediates_log_modes: tuple[LogMode, ...] = ("mean",)
     logger: LoggerConfig | None = None
-    callbacks: tuple[SerializeAsAny[CallbackConfig], ...] = ()
+    callbacks: tuple[Annotated[SerializeAsAny[CallbackConfig], _part(".callbacks", "AnyCallbackConfig")], ...] = ()
     seed_eval: int = Field(0, ge=0, lt=2**32)  # everything random in evaluation
 
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the update out, count it, go on
     kind: str = "default"  # or the import path of a TrainerModule subclass

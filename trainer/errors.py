@@ -4,6 +4,8 @@
 was wrong and the way out.
 """
 
+from typing import Any
+
 
 class EverstepError(Exception):
     """The root of all errors raised on purpose."""
@@ -51,11 +53,11 @@ class TrainerHungError(TrainerDiedError):
 
 
 class DivergedError(EverstepError):
-    """Loss or gradients were not finite; the same step would be so again."""
+    """Loss or gradients were not finite; the same step would be so again. `state` is that of the step before."""
 
-    def __init__(self, message: str, *, step: int):
+    def __init__(self, message: str, *, step: int, state: Any = None):
         super().__init__(message)
-        self.step = step
+        self.step, self.state = step, state
 
 
 class StoppedError(EverstepError):

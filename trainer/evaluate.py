@@ -1,21 +1,29 @@
-"""A pass over the batches of one split: state and batches in, values out."""
+"""A pass over the batches of one split: state and batches in, a window out."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
-from . import metrics
 from .errors import DataError
 from .state import TrainState
 
 
-def evaluate(eval_step: Callable, state: TrainState, batches: Iterable[Any], *, empty: Any) -> dict[str, float]:
-    """Values over all batches, each row weighted by what it holds. Raises DataError where there is no batch at all."""
+def run(eval_step: Callable, state: TrainState, batches: Iterable[Any], *, empty: Any) -> Any:
+    """The window over all batches, each row weighted by what it holds. Raises DataError where there is no batch at all."""
     window, seen = empty, 0
     for batch in batches:
         window = eval_step(state.params, state.mutable, window, batch)
         seen += 1
     if not seen:
         raise DataError("there is nothing to evaluate on: the split has no batch; prepare the data with a larger fraction for it")
-    return metrics.compute(jax.device_get(window))
+    return window
+
+
+def check_like(batch: Any, example: Any) -> None:
+    """See that a training batch has the shapes of the example. Raises DataError: another shape would compile another step."""
+    have, want = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (batch, example))
+    if have != want:
+        raise DataError(
+            f"a training batch has the shapes {have}, but the trainer was made for {want}; drop or pad a last batch that is smaller"
+        )

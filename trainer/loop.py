@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import metrics
 from .errors import DivergedError
@@ -22,9 +23,9 @@ class Record:
 
     step: int  # completed with this one
     state: TrainState
-    window: Any  # the open logging window, empty where a row was just closed
-    rows: tuple[tuple[int, dict[str, float]], ...]  # (step, values) of windows that turned out complete
-    settled: bool  # nothing is in flight: all rows up to here were given, and `state` may be committed
+    window: Any  # the open logging window, empty where one was just closed
+    closed: tuple[tuple[int, Any], ...]  # (step, window on the host) of windows that turned out complete
+    settled: bool  # nothing is in flight: all windows up to here were given, and `state` may be committed
 
 
 def train(
@@ -35,35 +36,36 @@ def train(
     *,
     start: int,
     until: int,
-    log_every: int,
-    last: int,
+    closes: Callable[[int], bool],
     pause: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Record]:
     """Steps `start + 1` to `until`, a record each.
 
-    A window closes at the multiples of `log_every` and at step `last` of the run. What is in flight is settled at `until` and
-    wherever `pause(step)` says so. Raises DivergedError with the step whose loss or gradients were not finite.
+    A window closes at the steps that `closes` names. What is in flight is settled at `until` and wherever `pause(step)` says
+    so. Raises DivergedError with the step whose loss or gradients were not finite, and the state before it.
     """
-    empty = metrics.identity(window)
+    shardings, shapes = jax.tree.map(lambda x: x.sharding, window), jax.eval_shape(lambda w: w, window)
+    empty = jax.jit(lambda: metrics.identity(shapes), out_shardings=shardings)  # laid out like the first: one compiled step for both
+    alive: Any = jax.jit(lambda: jnp.array(True), out_shardings=jax.tree.leaves(shardings)[0])()
     flying: deque[tuple[int, Any, Any]] = deque()
 
-    def settle(leave: int) -> tuple[tuple[int, dict[str, float]], ...]:
-        rows = []
+    def settle(leave: int) -> tuple[tuple[int, Any], ...]:
+        closed = []
         while len(flying) > leave:
-            step, ok, closed = flying.popleft()
+            step, ok, full = flying.popleft()
             if not ok:  # waits for that step
                 raise DivergedError(
-                    f"loss or gradients of step {step} are not finite; lower the learning rate or look at the data", step=step
+                    f"loss or gradients of step {step} are not finite; lower the learning rate or look at the data", step=step, state=state
                 )
-            if closed is not None:
-                rows.append((step, metrics.compute(jax.device_get(closed))))
-        return tuple(rows)
+            if full is not None:
+                closed.append((step, jax.device_get(full)))
+        return tuple(closed)
 
     for step in range(start + 1, until + 1):
-        state, window, ok = train_step(state, window, next(batches))
-        closes = step % log_every == 0 or step == last
-        flying.append((step, ok, window if closes else None))
-        if closes:
-            window = jax.tree.map(lambda x: x.copy(), empty)  # the step may donate its window
+        state, window, alive = train_step(state, window, next(batches), alive)
+        closing = closes(step)
+        flying.append((step, alive, window if closing else None))
+        if closing:
+            window = empty()
         settled = step == until or pause(step)
         yield Record(step, state, window, settle(leave=0 if settled else 1), settled)

@@ -99,3 +99,16 @@ def param_shardings(mesh: "Mesh", shapes: Any, logical_axes: Any, *, fsdp_min_si
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(one, logical_axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def check_batch(mesh: "Mesh", batch: Any, *, parts: int) -> None:
+    """See that the rows of a batch (arrays or shapes) divide over the devices and `parts` microbatches. Raises ConfigError."""
+    import jax
+
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for x in jax.tree.leaves(batch):
+        if x.shape[0] % (ways * parts):
+            raise ConfigError(
+                f"a batch of {x.shape[0]} rows does not divide over {ways} devices (data x fsdp) and {parts} microbatches; "
+                f"make data.batch_size a multiple of {ways * parts}"
+            )

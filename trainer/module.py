@@ -1,31 +1,38 @@
 """TrainerModule: one trainer for a notebook and for the pipeline; a thin face over the small modules that do the work.
 
-Making one allocates nothing: the mesh, the model and the compiled functions' shapes are known, and the state is made when it
-is first asked for or restored from a checkpoint. A subclass may override how any of it is done.
+Making one allocates nothing: mesh, model, optimizer and the shapes of the state are known, and the state itself is made when
+it is first asked for, or restored. A subclass may override how any of it is done; the pipeline drives the same methods.
 """
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 
-from . import evaluate, metrics, params
-from .config import TrainerConfig
+from . import evaluate, fit, metrics, params, restore
+from .callbacks.base import Callback
+from .config import LoggerConfig, TrainerConfig
+from .desk import Desk
 from .errors import ConfigError
-from .mesh import BATCH_AXES, MeshConfig, batch_sharding, replicated
+from .mesh import BATCH_AXES, MeshConfig, batch_sharding, check_batch, replicated
 from .models.base import Model, ModelConfig
 from .objectives.base import Objective
 from .optimizers.base import Optimizer, OptimizerConfig
 from .state import TrainState, make_init, model_rngs, state_shardings
 from .step import empty_window, make_eval_step, make_train_step
 
+log = logging.getLogger(__name__)
+
 
 class TrainerModule:
     """Trains one model on one mesh.
 
-    `batch` is an example batch, a tree of arrays or of `jax.ShapeDtypeStruct` with the global batch as first dim. What is
-    minimised is `objective.loss`, or an overridden `loss_function`. Raises ConfigError where batch and mesh do not fit.
+    `batch` is an example batch: a tree of arrays or of `jax.ShapeDtypeStruct` with the global batch as first dim. What is
+    minimised is `objective.loss`, or an overridden `loss_function`. `num_steps` is for schedules that end with the run.
+    Raises ConfigError where batch, mesh and microbatches do not fit.
     """
 
     def __init__(
@@ -49,13 +56,27 @@ class TrainerModule:
         self.exmp_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         self.mesh = self.init_mesh(model_config, mesh)
         self.batch_partition_specs = jax.sharding.PartitionSpec(BATCH_AXES)
-        self._check_batch(self.exmp_batch)
+        check_batch(self.mesh, self.exmp_batch, parts=trainer_config.gradient_accumulate_steps)
         self.model = self.build_model(model_config)
         self.optimizer = self.init_optimizer(optimizer_config)
+        self.dataset: Any = None
+        self.global_step = 0
+        self.first_step = True  # no step was dispatched by this object yet
         self._state: TrainState | None = None
+        self._train_metric_shapes: Any = None
+        self._eval_metric_shapes: Any = None
+        self.loggers: list[Any] = []
+        self.callbacks: list[Callback] = []
+        self.init_callbacks(trainer_config.callbacks)
+        self.desk = Desk(self)
         self.create_jitted_functions()
 
-    # What a subclass may change.
+    # How it is made; a subclass may do any of it otherwise.
+
+    @staticmethod
+    def batch_to_input(batch: Any) -> Any:
+        """What of a batch the model gets: `batch.inputs`, or `batch["inputs"]`. An objective has its own answer."""
+        return batch["inputs"] if isinstance(batch, Mapping) else batch.inputs
 
     def init_mesh(self, model_config: ModelConfig, mesh: Any = None) -> Any:
         """The given mesh, or one over all devices by the mesh config."""
@@ -69,22 +90,44 @@ class TrainerModule:
         """The optax transformation and schedule of a config."""
         return optimizer_config.build(num_steps=self.num_steps)
 
-    def batch_to_input(self, batch: Any) -> Any:
-        """What of a batch the model gets."""
-        return self.objective.inputs(batch) if self.objective else batch["inputs"]
+    def init_logger(self, logger_config: LoggerConfig | None) -> None:
+        """Make the loggers of a config, and the directory they keep files in. None: no logger."""
+        self.loggers = []
+        if logger_config is not None and logger_config.parts:
+            folder = self.log_dir
+            if folder is None:
+                raise ConfigError("trainer.logger has parts that write files, but no path; set logger.path to a directory")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.loggers = [cast(Any, part).build(folder) for part in logger_config.parts]
+
+    def init_callbacks(self, callback_configs: Iterable[Any]) -> None:
+        """Make the callbacks of their configs; they are told of everything in this order."""
+        self.callbacks = [config.build() for config in callback_configs]
+
+    def get_metric_postprocess_fn(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """What is done with host values before anybody sees them. By default nothing; an objective may have its own."""
+        return getattr(self.objective, "postprocess", None) or (lambda values: values)
+
+    @staticmethod
+    def get_model_rng(rng: Any) -> dict[str, Any]:
+        """The keys of the model's initialisation, by name: parameters and dropout."""
+        return model_rngs(rng)
+
+    def run_model_init(self, exmp_input: Any, init_rng: Any) -> dict[str, Any]:
+        """The model's variables for inputs of the shapes of `exmp_input`."""
+        return self.model.init(self.get_model_rng(init_rng), exmp_input)
 
     def loss_function(self, params: Any, apply_fn: Callable, batch: Any, rng: Any, train: bool = True) -> tuple[Any, tuple[dict, dict]]:
-        """`(loss, (metrics, mutable))`: a mean, or a pair (sum, weight) that is divided once for the whole batch."""
+        """`(loss, (metrics, mutable))`: a mean, or a pair (sum, weight) that is divided once for the whole batch.
+
+        `apply_fn` carries the model's mutable collections already; `mutable` are those it returned.
+        """
         if self.objective is None:
             raise ConfigError("there is nothing to minimise: pass an objective to the trainer, or override loss_function")
         return self.objective.loss(params, apply_fn, batch, rng, train)
 
-    def run_model_init(self, exmp_input: Any, init_rng: Any) -> dict[str, Any]:
-        """The model's variables for inputs of the shapes of `exmp_input`."""
-        return self.model.init(model_rngs(init_rng), exmp_input)
-
     def create_training_step_function(self) -> Callable:
-        """`(state, window, batch) -> (state, window, ok)`, not jitted."""
+        """`(state, window, batch, alive) -> (state, window, alive)`, not jitted; see trainer.step."""
         return make_train_step(self.loss_function, self.model.apply, self.optimizer, self.trainer_config)
 
     def create_evaluation_step_function(self) -> Callable:
@@ -93,9 +136,14 @@ class TrainerModule:
 
     # What it is made of.
 
+    def inputs(self, batch: Any) -> Any:
+        """The model's inputs of a batch: the objective's, unless a subclass has its own `batch_to_input`."""
+        overridden = type(self).batch_to_input is not TrainerModule.batch_to_input
+        return self.batch_to_input(batch) if overridden or self.objective is None else self.objective.inputs(batch)
+
     @functools.cached_property
     def _init(self) -> Callable[[], TrainState]:
-        return make_init(self.run_model_init, self.optimizer, self.batch_to_input(self.exmp_batch), seed=self.trainer_config.seed)
+        return make_init(self.run_model_init, self.optimizer, self.inputs(self.exmp_batch), seed=self.trainer_config.seed)
 
     @functools.cached_property
     def shapes(self) -> TrainState:
@@ -105,26 +153,11 @@ class TrainerModule:
             self.mesh,
             shapes,
             self.model,
-            self.batch_to_input(self.exmp_batch),
+            self.inputs(self.exmp_batch),
             optimizer=self.optimizer,
             fsdp_min_size=self.mesh_config.fsdp_min_size,
         )
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-    @functools.cached_property
-    def _train_window(self) -> Any:
-        return jax.device_get(empty_window(self.create_training_step_function(), self.shapes, batch=self.exmp_batch))
-
-    @functools.cached_property
-    def _eval_window(self) -> Any:
-        step = self.create_evaluation_step_function()
-        return jax.device_get(empty_window(step, self.shapes.params, self.shapes.mutable, batch=self.exmp_batch))
-
-    @property
-    def window_shapes(self) -> dict[str, Any]:
-        """A logging window as shapes on the mesh."""
-        whole = replicated(self.mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), self._train_window)
 
     def create_jitted_functions(self) -> None:
         """Make `train_step` and `eval_step`, jitted with the state's shardings unless `trainer_config.debug`."""
@@ -141,7 +174,8 @@ class TrainerModule:
     def init_model(self, exmp_input: Any = None) -> None:
         """Make the state of step 0, each part on the devices that will hold it."""
         shardings = jax.tree.map(lambda x: x.sharding, self.shapes)
-        self._state = jax.jit(self._init, out_shardings=shardings)()
+        self.state = jax.jit(self._init, out_shardings=shardings)()
+        self.global_step = 0
 
     @property
     def state(self) -> TrainState:
@@ -155,33 +189,225 @@ class TrainerModule:
     def state(self, state: TrainState | None) -> None:
         self._state = state
 
-    def empty_window(self) -> dict[str, Any]:
-        """A logging window that holds no step."""
-        return jax.device_put(self._train_window, replicated(self.mesh))
+    def init_train_metrics(self, batch: Any = None) -> dict[str, Any]:
+        """A logging window that holds no step, on the mesh. Its shapes come from the step; nothing is computed."""
+        if self._train_metric_shapes is None or batch is not None:
+            step = self.create_training_step_function()
+            found = empty_window(step, self.shapes, batch=self.exmp_batch if batch is None else batch)
+            self._train_metric_shapes = jax.device_get(found)
+        return jax.device_put(self._train_metric_shapes, replicated(self.mesh))
+
+    def init_eval_metrics(self, batch: Any = None) -> dict[str, Any]:
+        """The same for an evaluation."""
+        if self._eval_metric_shapes is None or batch is not None:
+            step = self.create_evaluation_step_function()
+            found = empty_window(step, self.shapes.params, self.shapes.mutable, batch=self.exmp_batch if batch is None else batch)
+            self._eval_metric_shapes = jax.device_get(found)
+        return jax.device_put(self._eval_metric_shapes, replicated(self.mesh))
+
+    @property
+    def window_shapes(self) -> dict[str, Any]:
+        """A logging window as shapes on the mesh."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.init_train_metrics())
 
     def put(self, batch: Any) -> Any:
-        """A host batch on the mesh, cut along its first dim over data and fsdp."""
+        """A host batch on the mesh, cut along its first dim over data and fsdp; whole on each device where it does not divide."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        divides = all(x.shape[0] % ways == 0 for x in jax.tree.leaves(batch))
+        return jax.device_put(batch, batch_sharding(self.mesh) if divides else replicated(self.mesh))
+
+    def put_train(self, batch: Any) -> Any:
+        """A training batch on the mesh. Raises DataError where it has not the shapes of the example batch."""
+        evaluate.check_like(batch, self.exmp_batch)
         return jax.device_put(batch, batch_sharding(self.mesh))
 
     def get_num_params(self) -> int:
         """Number of parameters."""
         return params.count(self.shapes.params)
 
+    def tabulate_params(self) -> str:
+        """The parameters as a table: path, shape, dtype, sharding, count."""
+        from .callbacks.summary import table
+
+        return table(self.shapes)
+
+    def set_dataset(self, dataset: Any) -> None:
+        """Keep a data set at hand, as `self.dataset`, for overridden methods."""
+        self.dataset = dataset
+
+    @property
+    def log_dir(self) -> Path | None:
+        """Where loggers and checkpoints of `train_model` are kept; None: nowhere."""
+        c = self.trainer_config.logger
+        return Path(c.path).expanduser().absolute() if c is not None and c.path else None
+
+    def write_hyperparameters(self) -> None:
+        """Write what `load_from_checkpoint` needs to make this trainer again."""
+        restore.write_hyperparameters(self)
+
+    # Training.
+
+    def train_model(
+        self,
+        train_loader: Any,
+        val_loader: Any,
+        test_loader: Any = None,
+        num_epochs: int | None = None,
+        num_train_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Train until so many epochs or steps are done, earlier ones included; validate on the way, test the best at the end.
+
+        Loaders are any iterables of batches; a dictionary of loaders gives values `<name>_<metric>`. Returns values by
+        `val_step_<s>`, `val_epoch_<e>` and `test`. Raises DivergedError, leaving the last good state; ConfigError and DataError
+        where what is asked for cannot be.
+        """
+        plan = fit.make_plan(self, train_loader, num_epochs=num_epochs, num_steps=num_train_steps, per_epoch=steps_per_epoch)
+        return fit.fit(self, plan, train_loader=train_loader, val_loader=val_loader, test_loader=test_loader)
+
+    def tracker(self, iterator: Iterable[Any], **kwargs: Any) -> Iterable[Any]:
+        """The iterator, with a progress bar where that is enabled and stderr is a terminal (keywords as of rich's `track`)."""
+        return fit.tracked(iterator, enabled=self.trainer_config.enable_progress_bar and jax.process_index() == 0, **kwargs)
+
+    def eval_model(self, data_loader: Any, mode: str, epoch_idx: int) -> dict[str, Any]:
+        """Host values over a loader, or over each of a dictionary of them, logged as split `mode`."""
+        values = fit.over_loaders(data_loader, lambda loader: self._evaluate(loader, mode, epoch_idx))
+        self.desk.write(mode, self.global_step, values)
+        return values
+
+    def _evaluate(self, loader: Any, mode: str, epoch_idx: int) -> dict[str, Any]:
+        return self.get_metric_postprocess_fn()(metrics.compute(jax.device_get(self._run_model_eval(loader, mode, epoch_idx))))
+
+    def _run_model_eval(self, data_loader: Any, mode: str = "", epoch_idx: int = -1) -> Any:
+        """The window over all batches of one loader, on the device. Raises DataError where there is none."""
+        return evaluate.run(self.eval_step, self.state, map(self.put, data_loader), empty=self.init_eval_metrics())
+
     def run_evaluation(self, state: TrainState, batches: Iterable[Any]) -> dict[str, float]:
-        """Values over all host batches of a split."""
-        empty = jax.device_put(self._eval_window, replicated(self.mesh))
-        return evaluate.evaluate(self.eval_step, state, map(self.put, batches), empty=empty)
+        """Host values over host batches, with the weights of any state; nothing is logged."""
+        window = evaluate.run(self.eval_step, state, map(self.put, batches), empty=self.init_eval_metrics())
+        return self.get_metric_postprocess_fn()(metrics.compute(jax.device_get(window)))
 
     def eval_metrics(self) -> list[str]:
         """The names of the values that an evaluation gives."""
-        return sorted(metrics.compute(self._eval_window))
+        self.init_eval_metrics()
+        return sorted(metrics.compute(self._eval_metric_shapes))
 
-    def _check_batch(self, batch: Any) -> None:
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        parts = self.trainer_config.gradient_accumulate_steps
-        for x in jax.tree.leaves(batch):
-            if x.shape[0] % (ways * parts):
-                raise ConfigError(
-                    f"a batch of {x.shape[0]} rows does not divide over {ways} devices (data x fsdp) and {parts} microbatches; "
-                    f"make data.batch_size a multiple of {ways * parts}"
-                )
+    def _eval_model_in_train_loop(self, val_loader: Any, epoch_idx: int) -> dict[str, Any]:
+        """A validation between its two hooks."""
+        self.on_validation_epoch_start(epoch_idx, self.global_step)
+        values = fit.over_loaders(val_loader, lambda loader: self._evaluate(loader, "val", epoch_idx))
+        self.on_validation_epoch_end(values, epoch_idx, self.global_step)
+        self.desk.write("val", self.global_step, values)
+        return values
+
+    def test_model(self, test_loader: Any, apply_callbacks: bool = False, epoch_idx: int = 0) -> dict[str, Any]:
+        """Values of the current weights on a test set, with the test hooks if `apply_callbacks`."""
+        if apply_callbacks:
+            self.on_test_epoch_start(epoch_idx)
+        values = fit.over_loaders(test_loader, lambda loader: self._evaluate(loader, "test", epoch_idx))
+        if apply_callbacks:
+            self.on_test_epoch_end(values, epoch_idx)
+        self.desk.write("test", self.global_step, values)
+        return values
+
+    def test_eval_function(self, val_loader: Any) -> None:
+        """Trace the evaluation function on the shapes of a batch, so that a mistake shows before hours of training.
+
+        No batch is taken from the loader: one that can be used once still has all of them.
+        """
+        window = jax.eval_shape(self.create_evaluation_step_function(), self.shapes.params, self.shapes.mutable, None, self.exmp_batch)
+        log.debug("an evaluation gives %s", ", ".join(sorted(window)))
+
+    def log_training_info(
+        self, num_epochs: Any, num_train_steps: Any, steps_per_epoch: Any, train_loader: Any, val_loader: Any, test_loader: Any
+    ) -> dict[str, Any]:
+        """Facts of the training to come, told once to loggers and callbacks; returns them."""
+        info = fit.training_info(self, train=train_loader, val=val_loader, test=test_loader)
+        info |= {"num_epochs": num_epochs, "num_train_steps": num_train_steps, "steps_per_epoch": steps_per_epoch}
+        self.desk.start(info)
+        return info
+
+    # Hooks. What one adds to the values is logged with them.
+
+    def on_training_start(self) -> None:
+        """Before the first step."""
+        self.desk.tell("on_training_start")
+
+    def on_training_end(self) -> None:
+        """After the last step."""
+        self.desk.tell("on_training_end")
+
+    def on_training_epoch_start(self, epoch_idx: int) -> None:
+        """An epoch, counted from 1, begins."""
+        self.desk.tell("on_training_epoch_start", epoch=epoch_idx)
+
+    def on_training_epoch_end(self, train_metrics: dict[str, Any], epoch_idx: int) -> None:
+        """An epoch ended with these values."""
+        self.desk.tell("on_training_epoch_end", train_metrics, epoch=epoch_idx)
+
+    def on_validation_epoch_start(self, epoch_idx: int, step_idx: int) -> None:
+        """A validation begins."""
+        self.desk.tell("on_validation_epoch_start", epoch=epoch_idx)
+
+    def on_validation_epoch_end(self, eval_metrics: dict[str, Any], epoch_idx: int, step_idx: int) -> None:
+        """A validation ended with these values."""
+        self.desk.tell("on_validation_epoch_end", eval_metrics, epoch=epoch_idx)
+
+    def on_test_epoch_start(self, epoch_idx: int) -> None:
+        """A test begins."""
+        self.desk.tell("on_test_epoch_start", epoch=epoch_idx)
+
+    def on_test_epoch_end(self, test_metrics: dict[str, Any], epoch_idx: int) -> None:
+        """A test ended with these values."""
+        self.desk.tell("on_test_epoch_end", test_metrics, epoch=epoch_idx)
+
+    # Load and restore; see trainer.restore.
+
+    def load_model(self, step_idx: int = -1, raise_if_not_found: bool = True) -> int | None:
+        """Load state and logging window of a checkpoint in the log directory: the newest, or that of a step. Returns its step."""
+        return restore.load_model(self, step_idx=step_idx, required=raise_if_not_found)
+
+    def load_data_loaders(self, step_idx: int = -1, train_loader: Any = None, val_loader: Any = None, test_loader: Any = None) -> None:
+        """Put loaders to their places at a step (the current one, if -1)."""
+        restore.load_data_loaders(self, step_idx=step_idx, train=train_loader, val=val_loader, test=test_loader)
+
+    def restore_model(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over `params` and, where there, `step`, `opt_state`, `mutable_variables`; the rest of the state stays."""
+        restore.restore_model(self, state_dict)
+
+    @staticmethod
+    def restore_data_loaders(
+        state_dict: Mapping[str, Any], train_loader: Any = None, val_loader: Any = None, test_loader: Any = None
+    ) -> None:
+        """Put loaders to the places under "train", "val" and "test" of a dictionary."""
+        restore.place_loaders(state_dict, train=train_loader, val=val_loader, test=test_loader)
+
+    def load_pretrained_model(
+        self,
+        checkpoint_path: Any,
+        step_idx: int = -1,
+        load_best: bool = False,
+        load_optimizer: bool = True,
+        train_loader: Any = None,
+        val_loader: Any = None,
+        test_loader: Any = None,
+        delete_params_before_loading: bool = True,
+    ) -> int:
+        """Start from a checkpoint of another run, on this trainer's mesh; returns its step.
+
+        Without the optimizer training begins at step 0 with these weights.
+        """
+        return restore.load_pretrained(
+            self,
+            checkpoint_path,
+            step_idx=step_idx,
+            best=load_best,
+            optimizer=load_optimizer,
+            loaders={"train": train_loader, "val": val_loader, "test": test_loader},
+            delete_first=delete_params_before_loading,
+        )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint: Any, exmp_input: Any = None, batch_size: int = -1) -> "TrainerModule":
+        """A trainer with the configs and the newest weights of a log or run directory, local or at an fsspec address."""
+        return restore.load_from_checkpoint(cls, checkpoint, batch=exmp_input, batch_size=batch_size)

@@ -38,6 +38,18 @@ def unflatten(like: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
     return jax.tree_util.tree_map_with_path(lambda p, _: flat[f"{prefix}.{dotted_name(p)}".strip(".")], like)
 
 
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted path: leaf} as nested dictionaries."""
+    out: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(".")
+        place = out
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = leaf
+    return out
+
+
 def count(tree: Any) -> int:
     """Number of elements in all arrays of `tree`."""
     import jax

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from . import loop, manifest
+from . import loop, manifest, metrics
 from .assemble import TrainingConfig
 from .checkpoint import Checkpoints, read_weights
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
@@ -97,14 +97,13 @@ class Run:
             self._batches(),
             start=self.step,
             until=step,
-            log_every=self.log_every,
-            last=self.config.num_steps,
+            closes=lambda at: at % self.log_every == 0 or at == self.config.num_steps,
             pause=pause,
         ):
             self.trainer.state, self.window, self.step = record.state, record.window, record.step
             self.on_step(record.step)
-            for at, values in record.rows:
-                self._write_row(at, values)
+            for at, window in record.closed:
+                self._write_row(at, metrics.compute(window))
             if record.settled:
                 commit = self._commit()
                 if stopping and record.step < step:
@@ -153,20 +152,21 @@ class Run:
     def _begin(self) -> Commit:
         self.rows.cut(-1)
         self.trainer.init_model()
-        self.window, self.step = self.trainer.empty_window(), 0
+        self.window, self.step = self.trainer.init_train_metrics(), 0
         self.loader.set_state({"next_index": 0})
         return self._commit()
 
     def _restore(self, step: int) -> None:
         began = time.monotonic()
-        state, self.window, meta = self.store.restore(step, self.trainer.shapes, self.trainer.window_shapes)
+        found = self.store.restore(step, self.trainer.shapes, self.trainer.window_shapes)
+        meta = found.meta
         if meta["data_digest"] != self.manifest.digest:
             raise DataError(
                 f"the run was trained on data {meta['data_digest'][:16]}, but this is {self.manifest.digest[:16]}; "
                 "bring the old text back, or start another run"
             )
         self._compare_environment(meta["fingerprint"], step)
-        self.trainer.state, self.step = state, step
+        self.trainer.state, self.window, self.step = found.state, found.window, step
         self.loader.set_state(meta["loader"]["train"])
         self.rows.cut(step)
         self.run_dir.event("restored", step=step, seconds=round(time.monotonic() - began, 3))

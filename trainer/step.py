@@ -38,10 +38,12 @@ def microbatch(batch: Any, index: Any, *, num: int) -> Any:
 
 
 def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, config: TrainerConfig) -> Callable:
-    """`(state, window, batch) -> (state, window, ok)`: one update from one batch, its metrics merged into the window.
+    """`(state, window, batch, alive) -> (state, window, alive)`: one update from one batch, its metrics merged into the window.
 
     With `gradient_accumulate_steps` = k the gradient is that of the whole batch: sums over microbatches, divided once by the
-    total weight. `ok` is a bool scalar.
+    total weight. `alive` is a bool scalar: a step that is not finite makes it false, and then neither it nor any later step
+    changes the state, so what is in flight when the host looks does no harm. With `on_nonfinite` = skip such a step counts and
+    uses up its batch, but its update is left out, and `skipped_sum` says how often.
     """
     num = config.gradient_accumulate_steps
 
@@ -80,18 +82,28 @@ def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, c
             carry, _ = body(carry, i)
         return carry
 
-    def train_step(state: TrainState, window: Any, batch: Any) -> tuple[TrainState, Any, jax.Array]:
+    def train_step(state: TrainState, window: Any, batch: Any, alive: Any = True) -> tuple[TrainState, Any, jax.Array]:
         (total, weight, grads, found), mutable = accumulate(state, batch, step_key(config.seed, state.step))
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, mutable)
-        ok = jnp.isfinite(total / weight) & jnp.isfinite(norm) if config.check_for_nan else jnp.array(True)
-        found |= m.parse(_norms(config, norm, grads, new.params), ("single",))
+        finite = jnp.isfinite(total / weight) & jnp.isfinite(norm) if config.check_for_nan else jnp.array(True)
+        found |= m.parse(_norms(config, norm, grads, new.params), config.default_train_log_modes)
         found |= m.parse({"lr": optimizer.schedule(state.step)}, ("single",))  # the rate of this very update
+        if config.on_nonfinite == "skip":
+            found |= m.parse({"skipped": {"value": ~finite, "log_modes": ("sum",)}}, ())
+            keep, counted = finite, state.replace(step=state.step + 1)
+        else:
+            alive = jnp.asarray(alive) & finite
+            keep, counted = alive, state
         merged = m.merge(window, m.window_of(found))
-        new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
-        return new, merged, ok
+        if config.on_nonfinite == "skip" and window is not None:  # what was found in a bad batch would spoil the whole window
+            good = {k: w for k, w in merged.items() if k != "skipped"}
+            old = {k: window[k] for k in good}
+            merged |= jax.tree.map(lambda a, b: jnp.where(finite, a, b), good, old)
+        new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, counted)
+        return new, merged, jnp.asarray(alive)
 
     return train_step
 

@@ -53,9 +53,9 @@ def equal(a, b):
 
 def test_what_is_restored_is_what_was_saved_bit_for_bit(good):
     store = Checkpoints(good)
-    state, window, meta = store.restore(10, state_at(0), window_at(0))
-    assert equal(state, state_at(10)) and equal(window, window_at(10))
-    assert meta == {"step": 10, "loader": {"next_index": 10}}
+    found = store.restore(10, state_at(0), window_at(0))
+    assert equal(found.state, state_at(10)) and equal(found.window, window_at(10))
+    assert found.meta == {"step": 10, "extra": [], "loader": {"next_index": 10}} and found.extra == {}
     assert store.newest_whole() == 20
 
 
@@ -101,12 +101,24 @@ def test_any_damage_to_any_file_is_seen_and_the_older_checkpoint_is_used(good, t
     assert sorted(p for p in run_dir.rglob("*")) == before  # verify only reads
     store = Checkpoints(run_dir)
     assert store.newest_whole() == 10 and (run_dir / "damaged" / "20-1").is_dir()
-    state, _, _ = store.restore(10, state_at(0), window_at(0))
-    assert equal(state, state_at(10))
+    assert equal(store.restore(10, state_at(0), window_at(0)).state, state_at(10))
     store.save(state_at(20), window_at(20), {"loader": {"next_index": 20}})  # trained again: the same logical digests
     store.finish()
     store.close()
     assert [r["state_sha256"] for r in verify(run_dir)] == [r["state_sha256"] for r in verify(good)]
+
+
+def test_what_callbacks_keep_comes_back_as_it_was_and_counts_in_the_state_digest(tmp_path):
+    digests = set()
+    for value in (1.5, 2.5):
+        extra = {"0": {"average": {"w": jnp.full((2, 3), value)}}, "2": {"steps": np.arange(4)}}
+        store = Checkpoints(tmp_path / str(value))
+        store.save(state_at(5), window_at(5), {}, extra)
+        store.finish()
+        assert equal(store.restore(5, state_at(0), window_at(0)).extra, jax.device_get(extra))
+        store.close()
+        digests.add(verify(tmp_path / str(value))[0]["state_sha256"])
+    assert len(digests) == 2
 
 
 def test_other_shapes_and_dtypes_are_refused_not_cast(good):

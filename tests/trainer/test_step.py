@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trainer import evaluate as evaluation_pass
 from trainer import loop, metrics
 from trainer.config import TrainerConfig
 from trainer.errors import DataError, DivergedError
-from trainer.evaluate import evaluate
 from trainer.models import LlamaConfig
 from trainer.objectives import LMObjectiveConfig
 from trainer.optimizers import AdamWConfig, ScheduleConfig
@@ -37,6 +37,10 @@ def batch_of(step, *, rows=8, seq=6):
     }
 
 
+def evaluate(step, state, batches, *, empty):
+    return metrics.compute(jax.device_get(evaluation_pass.run(step, state, batches, empty=empty)))
+
+
 @functools.cache
 def initial() -> TrainState:
     inputs = {k: jax.ShapeDtypeStruct((8, 6), jnp.int32) for k in ("tokens", "segment_ids", "positions")}
@@ -60,9 +64,10 @@ def rows_of(*borders, log_every=4, last=14):
     state, rows = fresh(), []
     for start, until in itertools.pairwise(borders):
         batches = (batch_of(i) for i in range(start, until))
-        for record in loop.train(step, state, window, batches, start=start, until=until, log_every=log_every, last=last):
+        closes = lambda s: s % log_every == 0 or s == last  # noqa: E731
+        for record in loop.train(step, state, window, batches, start=start, until=until, closes=closes):
             state, window = record.state, record.window
-            rows += record.rows
+            rows += [(at, metrics.compute(w)) for at, w in record.closed]
     return rows, state
 
 
@@ -97,8 +102,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
         np.testing.assert_array_equal(x, y)
     batches = iter([batch_of(0), batch_of(1), bad, batch_of(3), batch_of(4)])
     with pytest.raises(DivergedError) as caught:
-        list(loop.train(step, fresh(), window, batches, start=0, until=5, log_every=2, last=5))
+        list(loop.train(step, fresh(), window, batches, start=0, until=5, closes=lambda s: s % 2 == 0))
     assert caught.value.step == 3
+    assert caught.value.state.step == 2  # what was in flight behind the bad step changed nothing either
 
 
 @pytest.mark.fault(13)
@@ -135,7 +141,7 @@ def test_training_learns_and_evaluation_weighs_by_tokens():
     one_by_one = [evaluate(evaluation, start, [b], empty=empty) for b in held_out]
     weights = [v["tokens_sum"] for v in one_by_one]
     assert before["loss"] == pytest.approx(np.average([v["loss"] for v in one_by_one], weights=weights), rel=1e-5)
-    for record in loop.train(step, start, window, map(batch_of, range(40)), start=0, until=40, log_every=50, last=40):
+    for record in loop.train(step, start, window, map(batch_of, range(40)), start=0, until=40, closes=lambda s: s == 40):
         state = record.state
     assert evaluate(evaluation, state, held_out, empty=empty)["loss"] < before["loss"] / 2
 

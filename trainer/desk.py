@@ -1,0 +1,217 @@
+"""The desk of a training: callbacks and loggers, what they asked for, open windows, and checkpoints of `train_model`.
+
+The trainer computes, the loop counts, and whatever somebody wants to be told or to be kept passes over this desk.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from . import metrics, rows
+from .callbacks.base import Answer, Moment
+from .callbacks.checkpointing import CheckpointCallbackConfig
+from .errors import ConfigError
+from .feed import Feed
+from .retention import CheckpointConfig, best_step, steps_to_delete
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoints
+    from .module import TrainerModule
+
+log = logging.getLogger(__name__)
+
+_merge = jax.jit(metrics.merge)
+
+
+class Pieces:
+    """Windows that wait on the host for what follows: of the open row and of the open epoch; `empty` is the window of no step."""
+
+    def __init__(self, empty: Any):
+        self.empty = empty
+        self.row = self.epoch = empty
+
+    def add(self, window: Any) -> None:
+        """Take in the next piece."""
+        self.row = window if self.row is self.empty else jax.device_get(_merge(self.row, window))
+        self.epoch = window if self.epoch is self.empty else jax.device_get(_merge(self.epoch, window))
+
+    def close_row(self) -> dict[str, float]:
+        """The values of the row, which begins anew."""
+        values, self.row = metrics.compute(self.row), self.empty
+        return values
+
+    def close_epoch(self) -> dict[str, float]:
+        """The values of the epoch, which begins anew."""
+        values, self.epoch = metrics.compute(self.epoch), self.empty
+        return values
+
+
+class Desk:
+    """What a trainer keeps of its training besides the state."""
+
+    def __init__(self, trainer: "TrainerModule"):
+        self._trainer = trainer
+        self.window: Any = None  # the open one, on the device
+        self.pieces: Pieces = Pieces(None)
+        self.feed: Feed | None = None
+        self.stop_reason: str | None = None
+        self.val_rows: list[tuple[int, dict[str, Any]]] = []  # of this object's validations
+        self._save_asked = False
+        self._store: Checkpoints | None = None
+        self._placed: list[int] = []  # ids of loaders that were put to their places
+        self._saved: int | None = None
+
+    def begin(self, loaders: Mapping[str, Any]) -> None:
+        """Start a `train_model` call: nothing of an earlier one is in the way."""
+        self.stop_reason, self._save_asked = None, False
+        self._loaders = loaders
+        if self.window is None:
+            self.reset_windows()
+        self._trainer.init_logger(self._trainer.trainer_config.logger)
+        if self.saves:
+            self._trainer.write_hyperparameters()
+
+    def reset_windows(self) -> None:
+        """Windows that hold no step."""
+        self.window = self._trainer.init_train_metrics()
+        self.pieces = Pieces(jax.device_get(self.window))
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        """Tell loggers and callbacks the facts of the training to come."""
+        self._info = dict(info)
+        for logger in self._trainer.loggers:
+            logger.start(self._trainer.global_step, self._info)
+
+    def tell(self, hook: str, values: dict[str, Any] | None = None, *, epoch: int = 0, step: int | None = None) -> None:
+        """Tell all callbacks of a moment; what they add goes into `values`, what else they want is noted."""
+        t = self._trainer
+        if not t.callbacks:
+            return
+        for callback in t.callbacks:
+            moment = Moment(t.global_step if step is None else step, epoch, t.state, dict(values or {}), getattr(self, "_info", {}))
+            answer: Answer = getattr(callback, hook)(moment)
+            if values is not None:
+                values.update(answer.values)
+            self.stop_reason = self.stop_reason or answer.stop
+            self._save_asked = self._save_asked or answer.save
+
+    def row(self, step: int, epoch: int, values: dict[str, Any]) -> None:
+        """A logging window closed: values to callbacks, which may add to them, then to the loggers."""
+        values = self._trainer.get_metric_postprocess_fn()(values)
+        self.tell("on_row", values, epoch=epoch, step=step)
+        self.write("train", step, values)
+
+    def write(self, split: str, step: int, values: Mapping[str, Any]) -> None:
+        """A row to all loggers."""
+        if split == "val":
+            self.val_rows.append((step, dict(values)))
+        for logger in self._trainer.loggers:
+            logger.row(split, step, values)
+
+    def wants(self, step: int) -> bool:
+        """Whether somebody waits for this step to be finished."""
+        return bool(self.stop_reason or self._save_asked) or any(callback.wants(step) for callback in self._trainer.callbacks)
+
+    # Checkpoints of train_model, where there is a place for them and a callback that asks.
+
+    @property
+    def checkpoints(self) -> CheckpointConfig:
+        """What is kept, and what makes a checkpoint the best."""
+        asked = self._checkpoint_callback
+        return asked.keep if asked else CheckpointConfig()
+
+    @property
+    def saves(self) -> bool:
+        """Whether checkpoints are asked for. Raises ConfigError where there is no place for them."""
+        if self._checkpoint_callback and self._trainer.log_dir is None:
+            raise ConfigError("a checkpoint callback needs a place: set trainer.logger.path to a directory")
+        return self._checkpoint_callback is not None
+
+    @property
+    def _checkpoint_callback(self) -> CheckpointCallbackConfig | None:
+        return next((c for c in self._trainer.trainer_config.callbacks if isinstance(c, CheckpointCallbackConfig)), None)
+
+    @property
+    def store(self) -> "Checkpoints":
+        """The checkpoints in the log directory."""
+        from .checkpoint import Checkpoints
+
+        if self._store is None:
+            folder = self._trainer.log_dir
+            if folder is None:
+                raise ConfigError("there is no directory to look for checkpoints in: set trainer.logger.path")
+            self._store = Checkpoints(folder)
+        return self._store
+
+    def windows(self) -> dict[str, Any]:
+        """All open windows, as they go into a checkpoint."""
+        return {"open": self.window, "row": self.pieces.row, "epoch": self.pieces.epoch}
+
+    def extra(self) -> dict[str, Any]:
+        """The callbacks' state, by their place in the config."""
+        states = {str(i): callback.get_state() for i, callback in enumerate(self._trainer.callbacks)}
+        return {k: v for k, v in states.items() if v is not None}
+
+    def save_if_wanted(self, *, last: bool) -> None:
+        """Commit a checkpoint of the finished step where one is asked for, or at the end; then remove what nothing keeps."""
+        t = self._trainer
+        asked, self._save_asked = self._save_asked or last, False
+        if not self.saves or not asked or self._saved == t.global_step:
+            return
+        self.store.save(t.state, jax.device_put(self.windows()), self._meta(), self.extra())
+        self.store.finish()
+        self._saved = t.global_step
+        best = best_step(self.val_rows, self.checkpoints)
+        self.store.remove(steps_to_delete(self.store.steps(), best=best, unpublished=(), config=self.checkpoints))
+
+    def _meta(self) -> dict[str, Any]:
+        from .feed import has_state
+        from .fingerprint import fingerprint
+
+        loaders = {k: x.get_state() for k, x in self._loaders.items() if k != "train" and has_state(x)}
+        if self.feed is not None and (place := self.feed.get_state()) is not None:
+            loaders["train"] = place
+        values = [[step, rows.stable(v)] for step, v in self.val_rows]
+        return {"loader": json.loads(json.dumps(loaders)), "val_rows": values, "fingerprint": fingerprint(self._trainer.mesh)}
+
+    def place(self, loader: Any) -> None:
+        """Note that a loader stands where it belongs."""
+        self._placed.append(id(loader))
+
+    def is_placed(self, loader: Any) -> bool:
+        """Whether a loader was put to its place since the last training; asked once."""
+        found, self._placed = id(loader) in self._placed, []
+        return found
+
+    @contextlib.contextmanager
+    def best_weights(self) -> Iterator[None]:
+        """Within, the trainer holds the best checkpoint's weights, if there are checkpoints; the trained state is kept aside."""
+        from .checkpoint import read_weights
+
+        t = self._trainer
+        best = best_step(self.val_rows, self.checkpoints) if self.saves else None
+        if best is None or best == t.global_step or best not in self.store.steps():
+            yield
+            return
+        trained = t.state
+        params, mutable = read_weights(self.store.root.parent, best, t.shapes)
+        t.state = trained.replace(params=params, mutable=mutable)
+        try:
+            yield
+        finally:
+            t.state = trained
+
+    def finalize(self, status: str) -> None:
+        """Tell everybody of the end, whatever it was; one that fails does not keep the others from being told."""
+        for one in (*self._trainer.callbacks, *self._trainer.loggers):
+            try:
+                one.finalize(status)
+            except Exception:
+                log.exception("%s could not be finalized", type(one).__name__)
+        if self._store is not None:
+            self._store.close()
+            self._store = None

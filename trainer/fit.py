@@ -1,0 +1,197 @@
+"""train_model: epochs, validations, the test, callbacks and loggers around the loop.
+
+What is logged is cut at absolute steps: a window ends where a row is due, where an epoch ends and at the last step. Rows
+and epoch values are merged from these pieces, so they are the same wherever a life began.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from . import loop
+from .errors import ConfigError, DivergedError
+from .feed import Feed, length
+from .params import count
+
+if TYPE_CHECKING:
+    from .module import TrainerModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train, and when to look up. Steps and epochs count those of earlier lives."""
+
+    total: int
+    per_epoch: int | None  # None: there are no epochs
+    log_every: int
+    val_steps: int  # 0: never
+    val_epochs: int  # 0: never
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, that completed step `step` is of."""
+        return (step - 1) // self.per_epoch + 1 if self.per_epoch else 1
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch ends with this step."""
+        return bool(self.per_epoch) and step % (self.per_epoch or 1) == 0
+
+    def logs(self, step: int) -> bool:
+        """Whether a row is due."""
+        return step % self.log_every == 0 or step == self.total
+
+    def closes(self, step: int) -> bool:
+        """Whether the open window ends with this step."""
+        return self.logs(step) or self.ends_epoch(step)
+
+    def validates_by_step(self, step: int) -> bool:
+        """Whether a validation is due by the count of steps."""
+        return bool(self.val_steps) and step % self.val_steps == 0
+
+    def validates_by_epoch(self, step: int) -> bool:
+        """Whether a validation is due by the count of epochs."""
+        return bool(self.val_epochs) and self.ends_epoch(step) and self.epoch(step) % self.val_epochs == 0
+
+    def looks_up(self, step: int) -> bool:
+        """Whether something is due after this step for which it must be finished."""
+        return self.ends_epoch(step) or self.validates_by_step(step)
+
+
+def make_plan(trainer: "TrainerModule", loader: Any, *, num_epochs: int | None, num_steps: int | None, per_epoch: int | None) -> Plan:
+    """The plan of a `train_model` call. Raises ConfigError where there can be none."""
+    if (num_epochs is None) == (num_steps is None):
+        raise ConfigError(f"give exactly one of num_epochs ({num_epochs}) and num_train_steps ({num_steps})")
+    per_epoch = per_epoch or length(loader)
+    if num_epochs is not None and not per_epoch:
+        raise ConfigError("the loader does not know its length, so num_epochs needs steps_per_epoch; or give num_train_steps")
+    total = num_steps if num_steps is not None else (num_epochs or 0) * (per_epoch or 0)
+    c = trainer.trainer_config
+    log_every = c.logger.log_every_n_steps if c.logger else max(total, 1)
+    return Plan(total, per_epoch, log_every, max(0, c.check_val_every_n_steps), max(0, c.check_val_every_n_epoch))
+
+
+def fit(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: Any, test_loader: Any) -> dict[str, dict[str, Any]]:
+    """Train to `plan.total`; values of validations and of the test, by name. `finalize` is called whatever happens."""
+    desk, status = trainer.desk, "error"
+    results: dict[str, dict[str, Any]] = {}
+    loaders = {"train": train_loader, "val": val_loader, "test": test_loader}
+    try:
+        desk.begin(loaders)
+        epochs = plan.total // plan.per_epoch if plan.per_epoch else None
+        trainer.log_training_info(epochs, plan.total, plan.per_epoch, train_loader, val_loader, test_loader)
+        trainer.on_training_start()
+        if val_loader is not None:
+            trainer.test_eval_function(val_loader)
+        if desk.stop_reason:
+            log.info("nothing to train: %s", desk.stop_reason)
+        elif trainer.global_step < plan.total:
+            results = train(trainer, plan, train_loader=train_loader, val_loader=val_loader)
+        else:
+            log.info("step %d of %d is trained already", trainer.global_step, plan.total)
+        trainer.on_training_end()
+        if test_loader is not None:
+            with desk.best_weights():
+                results["test"] = trainer.test_model(test_loader, apply_callbacks=True, epoch_idx=plan.epoch(trainer.global_step))
+        status = "success"
+    except DivergedError as e:
+        status = "nan"
+        if e.state is not None:
+            # The last good one: what was in flight behind it changed nothing. What was logged since the last row is spoilt.
+            trainer.state, trainer.global_step = e.state, int(e.state.step)
+            desk.reset_windows()
+        raise
+    finally:
+        desk.finalize(status)
+    return results
+
+
+def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: Any) -> dict[str, dict[str, Any]]:
+    """The steps that are still to do, and what is due between them; values of validations by name."""
+    desk = trainer.desk
+    results: dict[str, dict[str, Any]] = {}
+    start = trainer.global_step
+    feed = desk.feed = Feed(train_loader, step=start, steps_per_epoch=plan.per_epoch, restored=desk.is_placed(train_loader))
+    if start == 0 or plan.ends_epoch(start):
+        trainer.on_training_epoch_start(plan.epoch(start + 1))
+    records = loop.train(
+        trainer.train_step,
+        trainer.state,
+        desk.window,
+        map(trainer.put_train, trainer.tracker(feed, total=plan.total, completed=start)),
+        start=start,
+        until=plan.total,
+        closes=plan.closes,
+        pause=lambda step: plan.looks_up(step) or desk.wants(step),
+    )
+    for record in records:
+        trainer.state, desk.window, trainer.global_step, trainer.first_step = record.state, record.window, record.step, False
+        for step, window in record.closed:
+            desk.pieces.add(window)
+            if plan.logs(step):
+                desk.row(step, plan.epoch(step), desk.pieces.close_row())
+        desk.tell("on_training_step", epoch=plan.epoch(record.step))
+        if record.settled:
+            results |= look_up(trainer, plan, record.step, val_loader)
+            desk.save_if_wanted(last=record.step == plan.total)
+            if desk.stop_reason:
+                log.info("stopped after step %d: %s", record.step, desk.stop_reason)
+                break
+    return results
+
+
+def look_up(trainer: "TrainerModule", plan: Plan, step: int, val_loader: Any) -> dict[str, dict[str, Any]]:
+    """The end of an epoch and the validations due after `step`, which is finished. One validation serves both counts."""
+    results: dict[str, dict[str, Any]] = {}
+    epoch = plan.epoch(step)
+    if plan.ends_epoch(step):
+        found = trainer.get_metric_postprocess_fn()(trainer.desk.pieces.close_epoch())
+        trainer.on_training_epoch_end(found, epoch)
+        trainer.desk.write("train_epoch", step, found)
+    by_step, by_epoch = plan.validates_by_step(step), plan.validates_by_epoch(step)
+    if val_loader is not None and (by_step or by_epoch):
+        values = trainer._eval_model_in_train_loop(val_loader, epoch)
+        results |= ({f"val_step_{step}": values} if by_step else {}) | ({f"val_epoch_{epoch}": values} if by_epoch else {})
+    if plan.ends_epoch(step) and step < plan.total:
+        trainer.on_training_epoch_start(epoch + 1)
+    return results
+
+
+def over_loaders(loader: Any, evaluate: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Values over one loader, or `<name>_<metric>` over each of a dictionary of them."""
+    if not isinstance(loader, Mapping):
+        return evaluate(loader)
+    return {f"{name}_{key}": value for name, one in loader.items() for key, value in evaluate(one).items()}
+
+
+def tracked(iterator: Iterable[Any], *, enabled: bool, total: int | None = None, completed: int = 0, **kwargs: Any) -> Iterable[Any]:
+    """`iterator`, with a bar of steps on a terminal."""
+    if not enabled or not sys.stderr.isatty():
+        return iterator
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(iterator, total=total, completed=completed, console=Console(stderr=True), transient=True, **kwargs)
+
+
+def training_info(trainer: "TrainerModule", **loaders: Any) -> dict[str, Any]:
+    """Facts of a training in JSON terms: numbers of parameters, devices, rows, batches."""
+    rows = jax.tree.leaves(trainer.exmp_batch)[0].shape[0]
+    sizes = {f"{name}_batches": length(loader) for name, loader in loaders.items() if loader is not None}
+    return {
+        "num_parameters": trainer.get_num_params(),
+        "num_optimizer_values": count(trainer.shapes.opt_state),
+        "start_step": trainer.global_step,
+        "global_batch_size": rows,
+        "local_batch_size": rows // jax.process_count(),
+        "num_devices": trainer.mesh.size,
+        "num_processes": jax.process_count(),
+        "eval_metrics": trainer.eval_metrics(),
+        "run_dir": str(trainer.log_dir) if trainer.log_dir else None,
+        **{f"mesh_{axis}": n for axis, n in trainer.mesh.shape.items()},
+        **{name: n for name, n in sizes.items() if n is not None},
+    }
