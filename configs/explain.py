@@ -69,7 +69,7 @@ def _problem(record: dict[str, Any], path: tuple[str, ...], place: type[BaseMode
 def _meant(path: tuple[str, ...], place: type[BaseModel] | None, root: type[BaseModel]) -> str:
     key, parents = path[-1], path[:-1]
     here = list(place.model_fields) if place is not None else []
-    elsewhere = [p for p in _all_paths(root) if p[-1] == key]
+    elsewhere = list(dict.fromkeys(p for p in _all_paths(root) if p[-1] == key and p != path))
     near = [p for p in elsewhere if p[: len(parents)] == parents] or elsewhere
     if close := difflib.get_close_matches(key, here, n=1, cutoff=0.6):
         best = [(*parents, close[0])]

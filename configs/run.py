@@ -79,11 +79,11 @@ class RunConfig(Config):
         schedule = self.optimizer.get("schedule")
         if not isinstance(schedule, ScheduleConfig):
             return  # an optimizer of the user's own may have another
-        if schedule.decay_steps is None and schedule.warmup_steps >= self.num_steps:
-            raise ValueError(
-                f"num_steps {self.num_steps} leaves nothing after optimizer.schedule.warmup_steps {schedule.warmup_steps}; "
-                f"set optimizer.schedule.warmup_steps={self.num_steps // 10} or raise num_steps"
-            )
+        warmup, cooldown = schedule.warmup_steps, schedule.cooldown_steps
+        if schedule.decay_steps is None and warmup + cooldown >= self.num_steps:
+            after = f"optimizer.schedule.warmup_steps {warmup}" + (f" and cooldown_steps {cooldown}" if cooldown else "")
+            shorter = "shorten them" if cooldown else f"set optimizer.schedule.warmup_steps={self.num_steps // 10}"
+            raise ValueError(f"num_steps {self.num_steps} leaves nothing after {after}; {shorter} or raise num_steps")
         if schedule.depends_on_num_steps:
             self._fill("optimizer", self.optimizer.replace(schedule=schedule.replace(decay_steps=self.num_steps)))
 

@@ -38,7 +38,7 @@ def loaded(path: Path, step: int | None) -> tuple[RunConfig, Any, Any, Any, int]
     from tasks.summary import best_of
     from trainer.assemble import TrainingConfig, assemble
     from trainer.backend import set_up_jax
-    from trainer.checkpoint import read_weights
+    from trainer.restore import weights_at
 
     place, config = RunDir(path), read_config(path)
     steps = manifest.steps_in(place.checkpoints)
@@ -50,7 +50,7 @@ def loaded(path: Path, step: int | None) -> tuple[RunConfig, Any, Any, Any, int]
         raise ConfigError(f"step {step} has no checkpoint; choose one of {', '.join(map(str, steps))}")
     set_up_jax(numerics=config.execution.numerics)
     trainer = assemble(TrainingConfig.model_validate(training_config(config)))
-    params, mutable = read_weights(place.path, step, trainer.shapes)
+    params, mutable = weights_at(trainer, place.path, step)
     return config, trainer, params, mutable, step
 
 
@@ -63,7 +63,7 @@ def evaluate(path: Path, *, step: int | None, split: str) -> dict[str, Any]:
     ref = prepare(config)
     data = load_manifest(ref.path)
     batches = eval_batches(ref.path, data, split, batch_size=config.data.eval_batch_size or config.data.batch_size)
-    values = trainer.run_evaluation(trainer.shapes.replace(params=params, mutable=mutable), batches)
+    values = trainer.run_evaluation((params, mutable), batches)
     return {"run_dir": str(path), "step": step, "split": split, "values": add_bits_per_byte(values, data, split)}
 
 

@@ -114,19 +114,6 @@ class Checkpoints:
         new = TrainState(flat["step"], params, unflatten(state.opt_state, flat, "opt_state"), unflatten(state.mutable, flat, "mutable"))
         return Restored(new, unflatten(window, flat, "window"), found.meta, nested(extra).get("extra", {}))
 
-    def restore_state(self, step: int, state: TrainState) -> TrainState:
-        """The state alone, whatever windows and callbacks were saved beside it."""
-        self._check(step)
-        flat = _load(self.root / name_of(step) / "train")
-        params, _ = read_weights(self.root.parent, step, state)
-        like = _train_arrays(state, None)
-        found = {k: flat[k] for k in like if k in flat}
-        _compare(step, like, found)
-        placed = {k: jax.device_put(v, like[k].sharding) for k, v in found.items()}
-        return TrainState(
-            placed["step"], params, unflatten(state.opt_state, placed, "opt_state"), unflatten(state.mutable, placed, "mutable")
-        )
-
     def remove(self, steps: list[int]) -> None:
         """Delete checkpoints that nothing keeps."""
         for step in steps:
@@ -231,6 +218,20 @@ def read_weights(run_dir: Path | str, step: int, state: TrainState) -> tuple[Any
     _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(params, "params"), **flat})
     flat = {k: jax.device_put(v, like[k].sharding) for k, v in flat.items()}
     return params, unflatten(state.mutable, flat, "mutable")
+
+
+def read_state(run_dir: Path | str, step: int, like: TrainState) -> TrainState:
+    """The state of a committed step, laid out as `like`, whatever windows and callbacks were saved beside it. Changes nothing.
+
+    Raises CheckpointError as `read_weights` does.
+    """
+    params, mutable = read_weights(run_dir, step, like)
+    flat = _load(Path(run_dir).absolute() / "checkpoints" / name_of(step) / "train")
+    wanted = {"step": like.step, **flatten(like.opt_state, "opt_state")}
+    found = {path: flat[path] for path in wanted if path in flat}
+    _compare(step, wanted, found)
+    placed = {path: jax.device_put(x, wanted[path].sharding) for path, x in found.items()}
+    return TrainState(placed["step"], params, unflatten(like.opt_state, placed, "opt_state"), mutable)
 
 
 def _load(folder: Path) -> Any:

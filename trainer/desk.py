@@ -68,12 +68,14 @@ class Desk:
     def begin(self, loaders: Mapping[str, Any]) -> None:
         """Start a `train_model` call: nothing of an earlier one is in the way."""
         self.stop_reason, self._save_asked = None, False
+        from .restore import write_hyperparameters
+
         self._loaders = loaders
         if self.window is None:
             self.reset_windows()
         self._trainer.init_logger(self._trainer.trainer_config.logger)
         if self.saves:
-            self._trainer.write_hyperparameters()
+            write_hyperparameters(self._trainer)
 
     def reset_windows(self) -> None:
         """Windows that hold no step."""
@@ -189,8 +191,8 @@ class Desk:
 
     @contextlib.contextmanager
     def best_weights(self) -> Iterator[None]:
-        """Within, the trainer holds the best checkpoint's weights, if there are checkpoints; the trained state is kept aside."""
-        from .checkpoint import read_weights
+        """Within, the trainer holds the best checkpoint's state, if there are checkpoints; the trained state is kept aside."""
+        from .checkpoint import read_state
 
         t = self._trainer
         best = best_step(self.val_rows, self.checkpoints) if self.saves else None
@@ -198,8 +200,7 @@ class Desk:
             yield
             return
         trained = t.state
-        params, mutable = read_weights(self.store.root.parent, best, t.shapes)
-        t.state = trained.replace(params=params, mutable=mutable)
+        t.state = read_state(self.store.root.parent, best, t.shapes)
         try:
             yield
         finally:

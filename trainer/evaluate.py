@@ -1,4 +1,4 @@
-"""A pass over the batches of one split: state and batches in, a window out."""
+"""A pass over the batches of one split: weights and batches in, a window out."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,14 +6,16 @@ from typing import Any
 import jax
 
 from .errors import DataError
-from .state import TrainState
 
 
-def run(eval_step: Callable, state: TrainState, batches: Iterable[Any], *, empty: Any) -> Any:
-    """The window over all batches, each row weighted by what it holds. Raises DataError where there is no batch at all."""
+def run(eval_step: Callable, weights: tuple[Any, dict[str, Any]], batches: Iterable[Any], *, empty: Any) -> Any:
+    """The window over all batches, each row weighted by what it holds; `weights` are (params, mutable).
+
+    Raises DataError where there is no batch at all.
+    """
     window, seen = empty, 0
     for batch in batches:
-        window = eval_step(state.params, state.mutable, window, batch)
+        window = eval_step(*weights, window, batch)
         seen += 1
     if not seen:
         raise DataError("there is nothing to evaluate on: the split has no batch; prepare the data with a larger fraction for it")

@@ -241,10 +241,6 @@ class TrainerModule:
         c = self.trainer_config.logger
         return Path(c.path).expanduser().absolute() if c is not None and c.path else None
 
-    def write_hyperparameters(self) -> None:
-        """Write what `load_from_checkpoint` needs to make this trainer again."""
-        restore.write_hyperparameters(self)
-
     # Training.
 
     def train_model(
@@ -280,17 +276,21 @@ class TrainerModule:
 
     def _run_model_eval(self, data_loader: Any, mode: str = "", epoch_idx: int = -1) -> Any:
         """The window over all batches of one loader, on the device. Raises DataError where there is none."""
-        return evaluate.run(self.eval_step, self.state, map(self.put, data_loader), empty=self.init_eval_metrics())
+        return evaluate.run(self.eval_step, self.weights(self.state), map(self.put, data_loader), empty=self.init_eval_metrics())
 
-    def run_evaluation(self, state: TrainState, batches: Iterable[Any]) -> dict[str, float]:
-        """Host values over host batches, with the weights of any state; nothing is logged."""
-        window = evaluate.run(self.eval_step, state, map(self.put, batches), empty=self.init_eval_metrics())
+    def weights(self, state: TrainState) -> tuple[Any, dict[str, Any]]:
+        """(params, mutable) to evaluate with: a schedule-free optimizer trains other parameters than it is judged by."""
+        judged = self.optimizer.eval_params
+        return (judged(state.opt_state, state.params) if judged else state.params), state.mutable
+
+    def run_evaluation(self, weights: tuple[Any, dict[str, Any]], batches: Iterable[Any]) -> dict[str, float]:
+        """Host values over host batches, with any weights (params, mutable); nothing is logged."""
+        window = evaluate.run(self.eval_step, weights, map(self.put, batches), empty=self.init_eval_metrics())
         return self.get_metric_postprocess_fn()(metrics.compute(jax.device_get(window)))
 
     def eval_metrics(self) -> list[str]:
         """The names of the values that an evaluation gives."""
-        self.init_eval_metrics()
-        return sorted(metrics.compute(self._eval_metric_shapes))
+        return sorted(metrics.compute(jax.device_get(self.init_eval_metrics())))
 
     def _eval_model_in_train_loop(self, val_loader: Any, epoch_idx: int) -> dict[str, Any]:
         """A validation between its two hooks."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from . import manifest
-from .checkpoint import Checkpoints, read_weights
+from .checkpoint import read_state, read_weights
 from .config import TrainerConfig, load_object
 from .errors import CheckpointError, StorageError
 from .feed import has_state
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HYPERPARAMETERS = "trainer.json"
+
+
+def weights_at(trainer: "TrainerModule", folder: Path, step: int) -> tuple[Any, dict[str, Any]]:
+    """(params, mutable) to evaluate with, of a committed step. Only a schedule-free optimizer needs its statistics for that."""
+    if trainer.optimizer.eval_params:
+        return trainer.weights(read_state(folder, step, trainer.shapes))
+    return read_weights(folder, step, trainer.shapes)
 
 
 def load_model(trainer: "TrainerModule", *, step_idx: int, required: bool) -> int | None:
@@ -110,10 +117,7 @@ def load_pretrained(
         jax.tree.map(lambda x: x.delete(), trainer.state.params)
         trainer.state = None  # it is made or restored when it is next asked for
     if optimizer:
-        store = Checkpoints(folder)
-        trainer.state = store.restore_state(step, trainer.shapes)
-        store.close()
-        trainer.global_step = step
+        trainer.state, trainer.global_step = read_state(folder, step, trainer.shapes), step
     else:
         params, mutable = read_weights(folder, step, trainer.shapes)
         trainer.init_model()

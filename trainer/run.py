@@ -15,16 +15,16 @@ import jax
 
 from . import loop, manifest, metrics
 from .assemble import TrainingConfig
-from .checkpoint import Checkpoints, read_weights
+from .checkpoint import Checkpoints
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
 from .errors import CheckpointError, ConfigError, DataError, StoppedError
 from .fingerprint import differences, fingerprint
 from .generate import generate
 from .manifest import Commit, name_of
 from .module import TrainerModule
+from .restore import weights_at
 from .rows import Rows, find
 from .rundir import RunDir
-from .state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -113,20 +113,20 @@ class Run:
     def evaluate(self, step: int, split: str) -> dict[str, Any]:
         """Values of `split` with the weights of committed step `step`, written as a row."""
         began = time.monotonic()
-        state = self.trainer.state if step == self.step else self._weights_of(step)
+        weights = self._weights_of(step)
         size = self.config.data.eval_batch_size or self.config.data.batch_size
-        values: dict[str, Any] = self.trainer.run_evaluation(state, eval_batches(self.data, self.manifest, split, batch_size=size))
+        values: dict[str, Any] = self.trainer.run_evaluation(weights, eval_batches(self.data, self.manifest, split, batch_size=size))
         values = add_bits_per_byte(values, self.manifest, split)
         return values | {"time_evaluate_s": round(time.monotonic() - began, 3)}
 
     def sample(self, step: int, prompt: str, *, max_tokens: int = 120, temperature: float = 0.8, seed: int = 0) -> str:
         """`prompt` and what the weights of committed step `step` make of it."""
         tokenizer = load_tokenizer(self.data)
-        state = self.trainer.state if step == self.step else self._weights_of(step)
+        params, _ = self._weights_of(step)
         tokens = tokenizer.encode(prompt).tolist()
         more = generate(
             functools.partial(self.trainer.model.apply, train=False),
-            state.params,
+            params,
             tokens,
             eos_id=tokenizer.eos_id,
             window=self.config.data.seq_len,
@@ -201,9 +201,10 @@ class Run:
             "fingerprint": self.fingerprint,
         }
 
-    def _weights_of(self, step: int) -> TrainState:
-        params, mutable = read_weights(self.run_dir.path, step, self.trainer.shapes)
-        return self.trainer.shapes.replace(params=params, mutable=mutable)
+    def _weights_of(self, step: int) -> tuple[Any, dict[str, Any]]:
+        if step == self.step:
+            return self.trainer.weights(self.trainer.state)
+        return weights_at(self.trainer, self.run_dir.path, step)
 
     def _batches(self) -> Iterator[Any]:
         for batch in self.loader:

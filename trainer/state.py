@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .mesh import param_shardings, replicated
 from .models.base import Model
-from .optimizers.base import Optimizer
+from .optimizers.base import Optimizer, spread
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +58,8 @@ def make_init(model_init: Any, optimizer: Optimizer, inputs: Any, *, seed: int) 
 
 def state_shardings(mesh: Any, shapes: TrainState, model: Model, inputs: Any, *, optimizer: Optimizer, fsdp_min_size: int) -> Any:
     """The sharding of each array of a state: parameters by their logical axes, optimizer statistics like their parameters."""
-    import optax
-
     axes = model.logical_axes(inputs)
     whole = replicated(mesh)
     params = param_shardings(mesh, shapes.params, axes["params"], fsdp_min_size=fsdp_min_size)
-    opt_state = optax.tree_map_params(optimizer.tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole)
+    opt_state = spread(optimizer.tx, shapes.opt_state, params, params=shapes.params, other=whole)
     return shapes.replace(step=whole, params=params, opt_state=opt_state, mutable=jax.tree.map(lambda _: whole, shapes.mutable))

@@ -93,7 +93,7 @@ def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, c
         found |= m.parse({"lr": optimizer.schedule(state.step)}, ("single",))  # the rate of this very update
         if config.on_nonfinite == "skip":
             found |= m.parse({"skipped": {"value": ~finite, "log_modes": ("sum",)}}, ())
-            keep, counted = finite, state.replace(step=state.step + 1)
+            keep, counted = finite, state.replace(step=state.step + 1, opt_state=_rate_moves_on(state.opt_state, opt_state))
         else:
             alive = jnp.asarray(alive) & finite
             keep, counted = alive, state
@@ -106,6 +106,11 @@ def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, c
         return new, merged, jnp.asarray(alive)
 
     return train_step
+
+
+def _rate_moves_on(old: Any, new: Any) -> Any:
+    """The statistics before a skipped update, with the schedule's count after it: the rate is a function of the step."""
+    return type(old)({**old, "rate": new["rate"]}) if isinstance(old, dict) and "rate" in old else old
 
 
 def _norms(config: TrainerConfig, norm: jax.Array, grads: Any, params: Any) -> dict[str, Any]:

@@ -52,6 +52,12 @@ def test_tiny_is_whole_and_short_enough_to_be_changed_by_a_word():
     assert load("tiny", ["num_steps=60"]).num_steps == 60
 
 
+@pytest.mark.parametrize("kind", ["adam", "sgd", "nadam", "radam", "adamax", "lion", "adafactor", "lamb", "muon", "schedule_free_adamw"])
+def test_the_optimizer_is_changed_by_a_word_and_keeps_the_presets_schedule(kind):
+    config = load("tiny", [f"optimizer.kind={kind}"])
+    assert config.optimizer.kind == kind and config.optimizer.schedule == load("tiny").optimizer.schedule
+
+
 TYPOS = [
     ("num_step=5", "num_steps"),
     ("num-steps=5", "num_steps"),
@@ -102,7 +108,8 @@ def test_a_misspelt_key_in_the_users_file_is_answered_too(own):
         ("num_steps=ten", "num_steps='ten': expected a valid integer"),
         (
             "optimizer.schedule.kind=cosin",
-            "optimizer.schedule.kind='cosin': expected 'cosine', 'linear' or 'constant'; did you mean `cosine`?",
+            "optimizer.schedule.kind='cosin': expected 'constant', 'linear', 'cosine', 'exponential', 'inverse_sqrt' or 'wsd'; "
+            "did you mean `cosine`?",
         ),
         ("model.kind=lama", "model.kind='lama': expected llama or an import path"),
         ("model.num_heads=3", "model: width 128 is not a multiple of num_heads 3"),

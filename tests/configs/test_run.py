@@ -72,6 +72,10 @@ def test_rows_are_written_unless_the_logger_is_null():
         ({"model": {"max_positions": 64}}, r"seq_len 128 is above model.max_positions 64; set model.max_positions=128"),
         ({"trainer": {"gradient_accumulate_steps": 3}}, r"batch_size 16 cannot be cut.*gradient_accumulate_steps 3.*batch_size=15"),
         ({"num_steps": 50, "optimizer": {"schedule": {"warmup_steps": 50}}}, r"num_steps 50 .*warmup_steps 50; set .*warmup_steps=5"),
+        (
+            {"num_steps": 50, "optimizer": {"schedule": {"kind": "wsd", "warmup_steps": 30, "cooldown_steps": 20}}},
+            r"num_steps 50 .*warmup_steps 30 and cooldown_steps 20; shorten them or raise num_steps",
+        ),
         ({"init": "runs/other"}, r"leave init null"),
         ({"publish": {"kind": "gcs", "url": "gs://b"}}, r"'gcs'.*gs://b.*not available yet; use kind=local"),
         ({"publish": {"url": "gs://b/x"}}, r"gs://b/x.*is not a folder"),
@@ -89,6 +93,12 @@ def test_what_does_not_fit_together_is_named_with_the_way_out(data, message):
 def test_a_run_may_stop_within_a_warmup_whose_decay_is_given():
     schedule = ScheduleConfig(warmup_steps=100, decay_steps=1000)
     assert RunConfig(num_steps=50, optimizer=AdamWConfig(schedule=schedule)).optimizer.schedule == schedule
+
+
+def test_a_cooldown_ends_with_the_run_that_it_was_started_for():
+    config = parse(num_steps=50, optimizer={"schedule": {"kind": "wsd", "cooldown_steps": 10}})
+    assert config.optimizer.schedule.decay_steps == 50
+    assert parse(num_steps=50, optimizer={"schedule": {"kind": "inverse_sqrt"}}).optimizer.schedule.decay_steps is None
 
 
 @given(num_steps=st.integers(1, 500), chunk_steps=st.integers(1, 700))

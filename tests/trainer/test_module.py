@@ -359,3 +359,32 @@ def test_the_host_programs_logging_is_left_alone():
     before = (root.level, root.handlers[:])
     make_trainer().train_model(DATA, VAL, num_train_steps=2)
     assert (root.level, root.handlers) == before
+
+
+def test_a_schedule_free_run_is_judged_by_its_averages_also_from_a_checkpoint(tmp_path):
+    from pydantic import TypeAdapter
+
+    from trainer.optimizers import AnyOptimizerConfig, ScheduleConfig
+
+    plain = saving(tmp_path, check_val_every_n_steps=6)
+    schedule = ScheduleConfig(kind="constant", lr=2e-2).to_dict()
+    config = TypeAdapter(AnyOptimizerConfig).validate_python({"kind": "schedule_free_adamw", "schedule": schedule})
+    trainer = Regression(plain.trainer_config, plain.model_config, config, plain.exmp_batch)
+    found = trainer.train_model(DATA, VAL, num_train_steps=6)["val_step_6"]["loss"]
+    judged, _ = trainer.weights(trainer.state)
+    assert not equal(judged, trainer.state.params)
+    again = Regression.load_from_checkpoint(tmp_path)
+    assert again.eval_model(VAL, "val", 1)["loss"] == pytest.approx(found, rel=1e-6)
+
+
+def test_after_a_skipped_step_the_logged_rate_is_still_the_one_used():
+    from trainer.optimizers import AdamWConfig, ScheduleConfig
+
+    base = poisoned(on_nonfinite="skip", logger=LoggerConfig(log_every_n_steps=1))
+    optimizer = AdamWConfig(schedule=ScheduleConfig(kind="linear", lr=1.0, decay_steps=10))
+    trainer, told = Poisoned(base.trainer_config, base.model_config, optimizer, base.exmp_batch), Told()
+    trainer.init_logger = lambda config: setattr(trainer, "loggers", [told])
+    trainer.train_model([DATA[0], BAD, *DATA[2:]], None, num_train_steps=4)
+    logged = [values["lr_single"] for split, _, values in told.rows if split == "train"]
+    assert logged == pytest.approx([float(trainer.optimizer.schedule(i)) for i in range(4)])
+    assert int(trainer.state.opt_state["rate"].count) == 4

@@ -38,7 +38,7 @@ def batch_of(step, *, rows=8, seq=6):
 
 
 def evaluate(step, state, batches, *, empty):
-    return metrics.compute(jax.device_get(evaluation_pass.run(step, state, batches, empty=empty)))
+    return metrics.compute(jax.device_get(evaluation_pass.run(step, (state.params, state.mutable), batches, empty=empty)))
 
 
 @functools.cache
