@@ -13,4 +13,3 @@ class ExecutionConfig(Config):
     mode: Literal["process", "inline"] = "process"  # inline: in the flow's own process, for notebooks and debugging
     numerics: Literal["exact", "fast"] = "exact"  # exact: deterministic operations and kept autotuning on accelerators
     grace_seconds: float = Field(30.0, ge=0)  # how long a stop request may take; after it the last commit stands
-    retries: int = Field(20, ge=0)  # of a dead trainer, without a new commit in between

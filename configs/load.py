@@ -24,7 +24,8 @@ from .run import RunConfig, differences
 
 PRESETS = Path(__file__).parent / "presets"
 CONFIG_FILE = "config.json"
-PATH_KEYS = (("data", "path"), ("data", "tokenizer", "path"))  # of files, relative to the working directory or the preset
+# Of files and folders, relative to the working directory or the preset.
+PATH_KEYS = (("data", "path"), ("data", "tokenizer", "path"), ("publish", "url"))
 
 Override = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[A-Za-z_][\w.\-]*)(=(?P<value>.*))?", re.DOTALL)
 

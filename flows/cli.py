@@ -4,16 +4,17 @@ Every command takes `--json` (one object on stdout, all else on stderr) and ends
 codes: 0 done, 1 failed, 2 bad usage or config, 75 stopped early and resumable.
 """
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import cyclopts
 from cyclopts import App, Parameter
 
-from trainer.errors import ConfigError, EverstepError, RunDirError
+from trainer.errors import ConfigError, EverstepError, RunDirError, StoppedError
 
 from .console import say
 
@@ -88,6 +89,8 @@ def resume(run: RunPath, *, require_exact: RequireExact = False, as_json: Json =
 
 
 def _train(config: Any, run_dir: Path | None, *, require_exact: bool, as_json: bool) -> None:
+    from tasks.writer import default_run_dir
+
     from . import launch
 
     def finish(result: dict[str, Any]) -> None:
@@ -97,7 +100,14 @@ def _train(config: Any, run_dir: Path | None, *, require_exact: bool, as_json: b
         next_step(f"everstep generate {where} --prompt 'The function'", f"everstep status {where}", "everstep ui")
         answer(result, as_json=as_json)
 
-    launch.train(config, run_dir, require_exact=require_exact, finish=finish)
+    try:
+        launch.train(config, run_dir, require_exact=require_exact, finish=finish)
+    except StoppedError as e:
+        where = (run_dir or default_run_dir(config)).absolute()
+        say(f"stopped: {e}")
+        next_step(f"everstep resume {shown(where)}")
+        answer({"run_dir": str(where), "status": "stopped", "step": e.step}, as_json=as_json)
+        leave(e.exit_code)
 
 
 @app.command
@@ -119,7 +129,12 @@ def demo(*, run_dir: RunDirOption = None, as_json: Json = False) -> None:
         )
         answer(result, as_json=as_json)
 
-    launch.train(config, run_dir, require_exact=False, finish=finish)
+    try:
+        launch.train(config, run_dir, require_exact=False, finish=finish)
+    except StoppedError as e:
+        say(f"stopped: {e}")
+        next_step("everstep demo goes on")
+        leave(e.exit_code)
 
 
 @app.command
@@ -374,11 +389,18 @@ def main() -> None:
         os._exit(75)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process now; threads of libraries that still wait for something are not waited for."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def _fail(message: str, code: int, *, as_json: bool, kind: str = "UsageError", hint: str | None = None) -> None:
     say(f"error: {message}")
     if hint:
         next_step(hint)
     if as_json:
         print(json.dumps({"status": "stopped" if code == 75 else "failed", "error": {"type": kind, "message": message}}), flush=True)
-    sys.stdout.flush()
-    os._exit(code)
+    leave(code)

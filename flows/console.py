@@ -1,6 +1,8 @@
 """What a command shows while it works: a live line on a terminal, plain lines elsewhere. All of it goes to stderr."""
 
+import contextlib
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -9,12 +11,15 @@ from tasks.logs import LOGGERS
 
 
 def say(text: str = "") -> None:
-    """A line for people."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for people. Where nobody reads any more, because a terminal or a pipe was closed, work goes on in silence."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
 
 
 class Lines(logging.Handler):
-    """Log records as short lines; Prefect's own are shown from warnings on, since they are in its UI."""
+    """Log records as short lines. Prefect's own are in its UI; what they say of an error, the command says itself."""
 
     def __init__(self, display: "Display"):
         super().__init__(logging.INFO)
@@ -24,7 +29,7 @@ class Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show one record."""
         ours = record.name.split(".")[0] in LOGGERS
-        if not ours and record.levelno < logging.WARNING:
+        if record.name.split(".")[0] == "prefect" or (not ours and record.levelno < logging.WARNING):
             return
         text = self.format(record)
         if record.levelno >= logging.WARNING:
@@ -76,18 +81,24 @@ class Display:
     def stop(self) -> None:
         """Take the live line away; what is shown from now on is plain."""
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError, ValueError):
+                self._live.stop()
             self._live = None
 
     def line(self, text: str) -> None:
         """Show one line."""
         if self._live:
-            self._live.console.print(text, markup=False, highlight=False)
+            with contextlib.suppress(OSError, ValueError):
+                self._live.console.print(text, markup=False, highlight=False)
         else:
             say(f"{time.strftime('%H:%M:%S')}  {text}")
 
     def tell(self, kind: str, value: Any) -> None:
         """Hear of the trainer's rows and signs of life; see tasks.session.Listener."""
+        with contextlib.suppress(OSError, ValueError):
+            self._tell(kind, value)
+
+    def _tell(self, kind: str, value: Any) -> None:
         if kind == "beat":
             self._at(value["step"], value["phase"])
         elif kind == "row":

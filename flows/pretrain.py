@@ -4,18 +4,18 @@ from typing import Any, cast
 
 from prefect import flow
 from prefect.context import TagsContext
-from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from configs.run import RunConfig, chunk_ends
 from tasks.data import prepare_data
 from tasks.evaluate import test, validate
 from tasks.logs import show_in_run
-from tasks.publish import publish_checkpoint, tidy
+from tasks.publish import tidy
 from tasks.refs import CheckpointRef, value_of
 from tasks.report import show_tables, write_report
-from tasks.summary import best_of, commit_of, has_test, result_of
+from tasks.summary import best_commit, has_test, result_of
 from tasks.train import init_model, train_chunk
+from tasks.uploads import Uploads
 from tasks.writer import Writer, is_trained, writing
 
 
@@ -33,47 +33,40 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
     Returns what `everstep train --json` prints.
     """
     # Tasks would take over the flow run's tags; see tasks/__init__.py for why they must not.
-    with writing(config, run_dir, require_exact=require_exact) as writer, TagsContext(current_tags=set()):
+    with writing(config, run_dir, require_exact=require_exact) as writer, writer.stops.held(), TagsContext(current_tags=set()):
         writer.entered = True
         show_in_run()
         if not is_trained(config, writer.run_dir):
             writer.session.start()  # what does not fit this machine is refused before anything is done
         data = value_of(prepare_data(config))
         ref = value_of(init_model(config, data))
-        publishing: list[PrefectConcurrentFuture] = []
+        uploads = Uploads(config, data, writer)
+        uploads.catch_up(ref)
         if ref.step == 0:
             validate(config, ref)  # where learning began
         for chunk, end in enumerate(chunk_ends(config), 1):
+            writer.stops.check()
             if end < ref.step:
                 continue  # done in an earlier life
             if end > ref.step:
                 ref = train_chunk(config, ref, end)
             if chunk % config.validate_every == 0 or end == config.num_steps:
                 validate(config, ref)
-            if config.publish.kind != "none":
-                publishing.append(cast(Any, publish_checkpoint.submit(config, ref, data, str(writer.run_dir.path))))
-            collect(publishing, wait=False)
+            uploads.submit(ref)
+            uploads.look()
             tidy(config, writer.run_dir)
             report_progress(writer, ref)
-        collect(publishing, wait=True)
-        step = best_of(config, writer.run_dir)
-        best = ref if step is None else commit_of(writer.run_dir, step)
+        writer.stops.check()
+        best = best_commit(config, writer.run_dir, ref)
         if has_test(config):
             test(config, best)
+        uploads.finish()
         tidy(config, writer.run_dir)
         write_report(config, data, best)
         result = result_of(config, writer.run_dir)
         writer.finish(result)
         writer.artifacts.close()
         return result
-
-
-def collect(futures: list[PrefectConcurrentFuture], *, wait: bool) -> None:
-    """Raise what went wrong in the background, of all that is finished or, with `wait`, of all; a future that nobody asks hides it."""
-    for future in list(futures):
-        if wait or future.wrapped_future.done():  # the future's own `state` would ask the server
-            future.result()
-            futures.remove(future)
 
 
 def report_progress(writer: Writer, ref: CheckpointRef) -> None:

@@ -12,7 +12,7 @@ from configs.run import config_digest
 from tasks.summary import has_test
 from tasks.writer import newest_step
 from trainer import rows
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, EverstepError
 from trainer.rundir import RunDir
 
 from .console import say
@@ -67,12 +67,12 @@ def facts(path: Path) -> dict[str, Any]:
     events, metrics = place.read_events(), rows.read(place.metrics)
     newest, running = newest_step(place), is_running(place)
     trained = newest == config.num_steps
-    tested = any(r["split"] == "test" for r in metrics) or not has_test(config)
+    tested = any(r["split"] == "test" and r["step"] == config.num_steps for r in metrics) or not has_test(config)
     train = [r for r in metrics if r["split"] == "train"]
     last = train[-1] if train else {}
     seconds = last.get("time_step_s")
     step = max([newest or 0, last.get("step", 0)])
-    stopped: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("stopped", "failed", "finished", "started")), {})
+    stopped: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("stopped", "ended", "failed", "finished", "started")), {})
     return {
         "run_dir": str(place.path),
         "status": "running" if running else "done" if trained and tested else "stopped",
@@ -93,6 +93,8 @@ def _why(event: dict[str, Any], place: RunDir) -> str:
     kind = event.get("event")
     if kind == "stopped":
         return f"asked to stop at step {event.get('step')}; go on with `everstep resume`"
+    if kind == "ended":
+        return f"{event.get('reason')}; go on with `everstep resume`"
     if kind == "failed":
         return f"{event.get('type')}: {event.get('message')} (see {place.logs})"
     if kind == "started":
@@ -120,7 +122,11 @@ def all_runs(root: Path, *, quiet: bool) -> list[dict[str, Any]]:
     """The state of every run under `root`, newest first."""
     found = []
     for file in sorted(root.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-        run = facts(file.parent)
+        try:
+            run = facts(file.parent)
+        except EverstepError as e:
+            say(f"{file.parent.name:<24} cannot be read: {e}")
+            continue
         found.append(run)
         if not quiet:
             say(f"{file.parent.name:<24} {run['status']:<8} step {run['last_commit'] or 0}/{run['total']}")

@@ -82,11 +82,19 @@ def generate(
     """Continue `prompt`; `on_text` gets the text as it grows."""
     if device:
         os.environ["JAX_PLATFORMS"] = device
+        import jax
+
+        try:
+            jax.devices()
+        except RuntimeError as e:
+            raise ConfigError(f"device {device!r} cannot be used: {e}; try --device cpu") from e
     from trainer.data import load_tokenizer
     from trainer.generate import generate as continue_text
 
-    if temperature < 0:
-        raise ConfigError(f"temperature {temperature} is below 0; 0 takes the likeliest token each time")
+    if not temperature >= 0:
+        raise ConfigError(f"temperature {temperature} is not 0 or more; 0 takes the likeliest token each time")
+    if max_tokens < 0 or (top_k is not None and top_k < 1):
+        raise ConfigError(f"max-tokens {max_tokens} and top-k {top_k} must be at least 0 and 1; leave them out for their defaults")
     config, trainer, params, _, step = loaded(path, step)
     tokenizer = load_tokenizer(prepare(config).path)
     tokens = tokenizer.encode(prompt).tolist()

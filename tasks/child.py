@@ -16,6 +16,7 @@ from trainer.errors import TrainerDiedError, TrainerHungError
 
 START_LIMIT = 180.0  # seconds for the imports of a new trainer process on a loaded machine
 BEAT_LIMIT = 30.0  # seconds without a sign of life, after which a process hangs; it gives one a second
+STOPPED_LIMIT = 10.0  # the same for a process that a signal has stopped
 
 # The temporary arrays of a step are as large in every step. By default glibc gives them back to the system after each and
 # the kernel clears every page again: 80 of 170 ms of a step of `tiny`. Kept, and in huge pages, they cost 1.
@@ -57,7 +58,7 @@ class Child:
         """The next message, None where none came in time. Raises TrainerDiedError where none will."""
         try:
             if not self.connection.poll(timeout):
-                limit = BEAT_LIMIT if self.phase != "imports" else START_LIMIT
+                limit = STOPPED_LIMIT if self._is_stopped() else BEAT_LIMIT if self.phase != "imports" else START_LIMIT
                 if time.monotonic() - self.last_sign > limit:
                     raise self.hung(limit)
                 return None
@@ -68,6 +69,12 @@ class Child:
         if message[0] == "beat":
             self.phase = message[1]["phase"]
         return message
+
+    def _is_stopped(self) -> bool:
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        except OSError:
+            return False
 
     def died(self) -> TrainerDiedError:
         """What became of the process, as an error."""

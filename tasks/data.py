@@ -11,6 +11,7 @@ from configs.run import RunConfig
 from .preparation import prepare
 from .refs import DataRef
 from .retry import STORE_DELAYS, STORE_RETRIES, can_help
+from .writer import current
 
 log = logging.getLogger(__name__)
 
@@ -25,4 +26,5 @@ log = logging.getLogger(__name__)
 def prepare_data(config: RunConfig) -> DataRef:
     """Turn the documents that `config.data` names into rows of tokens, once."""
     data: Any = config.data
-    return prepare(data, on_progress=log.info)
+    with current().stops.interruptible():
+        return prepare(data, on_progress=log.info)

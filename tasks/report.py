@@ -19,7 +19,7 @@ from trainer.rundir import RunDir
 from .artifacts import Artifacts
 from .refs import CheckpointRef, DataRef
 from .retry import TRAINER_DELAYS, TRAINER_RETRIES, can_help
-from .summary import checkpoints, result_of, validations
+from .summary import checkpoints, report_mark, result_of, validations
 from .writer import current
 
 
@@ -76,7 +76,7 @@ PROMPT = "The function returns"
 def sample_of(config: RunConfig, best: CheckpointRef) -> str:
     """A generated text of the run, kept with the report: written once for the best step."""
     writer = current()
-    kept = writer.run_dir.path / "sample.json"
+    kept = writer.run_dir.sample
     try:
         found = json.loads(kept.read_text())
         if found["step"] == best.step:
@@ -114,7 +114,18 @@ def compose(config: RunConfig, run_dir: RunDir, data: DataManifest, sample: str)
     lines += _markdown_table(
         [{"split": name, "documents": s.documents, "bytes": s.bytes, "tokens": s.tokens, "rows": s.rows} for name, s in data.splits.items()]
     )
-    lines += ["", f"Prepared as `{data.digest[:16]}`.", "", "## Config", "", "```yaml", dump_yaml(config).rstrip(), "```", ""]
+    lines += [
+        "",
+        f"Prepared as `{data.digest[:16]}`.",
+        "",
+        "## Config",
+        "",
+        "```yaml",
+        dump_yaml(config).rstrip(),
+        "```",
+        "",
+        report_mark(config),
+    ]
     return "\n".join(lines), picture
 
 

@@ -1,14 +1,12 @@
 """A session: the trainer, warm across tasks, in a process of its own or inline.
 
 Callers see calls (`start`, `open`, `train_until`, `evaluate`, `sample`) and typed errors. A process that died, hung or failed is
-dropped; the next call finds a fresh one, opened at the newest commit. While a call waits, a stop signal is not an exception
-but a message to the trainer, which finishes its step, commits and answers; then the signal takes its usual course.
+dropped; the next call finds a fresh one, opened at the newest commit. While a call waits, a stop request is a message to the
+trainer, which finishes its step, commits and answers.
 """
 
 import contextlib
 import logging
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -21,10 +19,10 @@ from trainer.manifest import Commit
 from trainer.rundir import RunDir
 
 from .child import Child
+from .stop import StopRequests
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL = 0.1  # seconds between looks at a stop request while a call waits
 
 Listener = Callable[[str, Any], None]  # told of ("row", [split, step, values]) and ("beat", {"phase", "step"})
@@ -41,11 +39,18 @@ def training_config(config: RunConfig) -> dict[str, Any]:
 class Session(ABC):
     """What the flow needs of a trainer."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, *, listener: Listener = lambda kind, value: None, require_exact: bool = False):
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDir,
+        *,
+        listener: Listener = lambda kind, value: None,
+        require_exact: bool = False,
+        stops: StopRequests | None = None,
+    ):
         self.config, self.run_dir, self.listener, self.require_exact = config, run_dir, listener, require_exact
+        self.stops = stops or StopRequests()
         self.data: Path | None = None  # the prepared data; set before `open` or anything that needs the weights
-        self._stop_requests: list[int] = []  # signals that came in while a call was waiting
-        self._stopping = False
 
     def warm_up(self) -> None:  # noqa: B027  nothing to do is a fine answer
         """Begin with what takes long, without waiting for it. Called from the main thread."""
@@ -73,36 +78,6 @@ class Session(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the trainer; nothing that is not committed becomes so."""
-
-    @contextlib.contextmanager
-    def _signals_deferred(self) -> Iterator[None]:
-        """Within, stop signals are only noted; afterwards the first of them is raised again. A second one is not held back."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous: dict[int, Any] = {}
-
-        def note(number: int, frame: Any) -> None:
-            self._stop_requests.append(number)
-            if len(self._stop_requests) > 1:
-                log.warning("a second stop request: giving up at once, the last commit stands")
-                restore()
-                signal.raise_signal(number)
-
-        def restore() -> None:
-            for held, handler in previous.items():
-                signal.signal(held, handler)
-
-        for number in STOP_SIGNALS:
-            previous[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            restore()
-            self._stopping = False
-            if self._stop_requests:
-                first, self._stop_requests = self._stop_requests[0], []
-                signal.raise_signal(first)
 
 
 class InlineSession(Session):
@@ -133,7 +108,7 @@ class InlineSession(Session):
             self._trainer,
             self.run_dir,
             self.data,
-            should_stop=lambda: bool(self._stop_requests),
+            should_stop=lambda: self.stops.asked,
             on_step=lambda step: self.listener("beat", {"phase": "step", "step": step}),
             on_row=lambda split, step, values: self.listener("row", [split, step, values]),
             require_exact=self.require_exact,
@@ -142,9 +117,8 @@ class InlineSession(Session):
 
     def train_until(self, step: int) -> Commit:
         """See Session.train_until."""
-        with self._signals_deferred():
-            with self._opened() as run:
-                return run.train_until(step)
+        with self._opened() as run:
+            return run.train_until(step)
 
     def evaluate(self, step: int, split: str, *, row: int) -> dict[str, Any]:
         """See Session.evaluate."""
@@ -194,31 +168,26 @@ class ProcessSession(Session):
 
     def start(self) -> dict[str, Any]:
         """See Session.start."""
-        with self._signals_deferred():
-            return self._started()
+        return self._started()
 
     def open(self) -> Commit:
         """See Session.open."""
-        with self._signals_deferred():
-            return self._open()
+        return self._open()
 
     def train_until(self, step: int) -> Commit:
         """See Session.train_until."""
-        with self._signals_deferred():
-            commit = Commit(**self._call("train_until", step=step))
-            self._committed = commit.step
-            self._keep_spare()
-            return commit
+        commit = Commit(**self._call("train_until", step=step))
+        self._committed = commit.step
+        self._keep_spare()
+        return commit
 
     def evaluate(self, step: int, split: str, *, row: int) -> dict[str, Any]:
         """See Session.evaluate."""
-        with self._signals_deferred():
-            return self._call("evaluate", step=step, split=split, row=row)
+        return self._call("evaluate", step=step, split=split, row=row)
 
     def sample(self, step: int, prompt: str) -> str:
         """See Session.sample."""
-        with self._signals_deferred():
-            return self._call("sample", step=step, prompt=prompt)
+        return self._call("sample", step=step, prompt=prompt)
 
     def close(self) -> None:
         """See Session.close."""
@@ -287,8 +256,8 @@ class ProcessSession(Session):
             child.send(kind, value)
             deadline = None
             while True:
-                if self._stop_requests and not self._stopping:
-                    self._stopping, deadline = True, time.monotonic() + self.config.execution.grace_seconds
+                if self.stops.asked and deadline is None:
+                    deadline = time.monotonic() + self.config.execution.grace_seconds
                     log.info("asked to stop: finishing the step and committing it")
                     child.send("stop", None)
                 if deadline is not None and time.monotonic() > deadline:

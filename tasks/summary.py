@@ -1,10 +1,12 @@
 """What a run directory says of its run: read from files alone, without Prefect and without a trainer."""
 
 import json
+import logging
 from typing import Any
 
-from configs.run import RunConfig
+from configs.run import RunConfig, config_digest
 from trainer import manifest, rows
+from trainer.errors import RunDirError
 from trainer.retention import best_step
 from trainer.rundir import RunDir
 
@@ -12,10 +14,15 @@ from .refs import CheckpointRef
 from .stores import Store, make_store
 from .writer import is_trained
 
+log = logging.getLogger(__name__)
+
 
 def store_of(config: RunConfig, run_dir: RunDir) -> Store | None:
     """The store that the run is published to; None where it is published nowhere."""
-    run_id = json.loads(run_dir.identity.read_text())["run_id"]
+    try:
+        run_id = json.loads(run_dir.identity.read_text())["run_id"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise RunDirError(f"{run_dir.identity} cannot be read ({e}); bring it back from a published copy of the run") from e
     return make_store(config.publish, run_dir, run_name=config.name, run_id=run_id)
 
 
@@ -30,6 +37,18 @@ def commit_of(run_dir: RunDir, step: int) -> CheckpointRef:
     return CheckpointRef(step=step, manifest_crc32c=manifest.own_crc(run_dir.checkpoints / manifest.name_of(step)))
 
 
+def best_commit(config: RunConfig, run_dir: RunDir, newest: CheckpointRef) -> CheckpointRef:
+    """The best step that still has a whole checkpoint; the newest where no validation says which that is."""
+    found = [(row["step"], rows.values_of(row)) for row in rows.read(run_dir.metrics) if row["split"] == "val"]
+    while (step := best_step(found, config.checkpoint)) is not None:
+        folder = run_dir.checkpoints / manifest.name_of(step)
+        if not (wrong := manifest.problems(folder, step)):
+            return commit_of(run_dir, step)
+        log.warning("the best checkpoint, %d, cannot be used: %s; the next best is tested", step, "; ".join(wrong[:3]))
+        found = [(at, values) for at, values in found if at != step]
+    return newest
+
+
 def has_test(config: RunConfig) -> bool:
     """Whether the run's data has a test split."""
     return config.data.get("test_fraction") != 0
@@ -37,11 +56,21 @@ def has_test(config: RunConfig) -> bool:
 
 def is_finished(config: RunConfig, run_dir: RunDir) -> bool:
     """Whether nothing is left to do: the last step is committed and whole, evaluated, published and reported."""
-    if not (is_trained(config, run_dir) and run_dir.report.exists() and run_dir.plot.exists()):
+    if not (is_trained(config, run_dir) and run_dir.plot.exists() and run_dir.sample.exists()):
+        return False
+    try:
+        if not run_dir.report.read_text().endswith(report_mark(config)):
+            return False
+    except OSError:
         return False
     splits = {r["split"] for r in rows.read(run_dir.metrics) if r["step"] == config.num_steps}
     store = store_of(config, run_dir)
     return "val" in splits and ("test" in splits or not has_test(config)) and (store is None or config.num_steps in store.published())
+
+
+def report_mark(config: RunConfig) -> str:
+    """The last line of a report: of which config it is."""
+    return f"<!-- config {config_digest(config)} -->\n"
 
 
 def result_of(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
@@ -54,7 +83,7 @@ def result_of(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
         "status": "done" if steps and steps[-1] == config.num_steps else "unfinished",
         "step": steps[-1] if steps else None,
         "val": vals[max(vals)] if vals else {},
-        "test": next((rows.values_of(r) for r in found if r["split"] == "test"), {}),
+        "test": next((rows.values_of(r) for r in found if r["split"] == "test" and r["step"] == config.num_steps), {}),
         "best_step": best_of(config, run_dir),
         "report": str(run_dir.report),
     }

@@ -9,6 +9,7 @@ from configs.run import RunConfig
 from trainer import manifest
 from trainer.manifest import Commit
 
+from .publish import bring_back
 from .refs import CheckpointRef, DataRef, already_done
 from .retry import TRAINER_DELAYS, TRAINER_RETRIES, can_help
 from .writer import current
@@ -32,6 +33,7 @@ def init_model(config: RunConfig, data: DataRef) -> CheckpointRef:
     """
     writer = current()
     writer.session.data = Path(data.path)
+    bring_back(config, writer.run_dir)
     newest = manifest.newest_whole(writer.run_dir.checkpoints)
     if newest is not None and newest.step == config.num_steps:
         return already_done(_ref(newest), f"step {newest.step} is committed")

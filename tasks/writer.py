@@ -15,13 +15,14 @@ from typing import Any
 
 from configs.load import read_config, to_json
 from configs.run import RunConfig, resume_conflicts
-from trainer.errors import ConfigError, RunDirError, StoppedError, describe
+from trainer.errors import ConfigError, RunDirError, describe
 from trainer.files import write_atomic
 from trainer.manifest import NAME, name_of, newest_whole, steps_in
 from trainer.rundir import RunDir, WriterLock
 
 from .artifacts import Artifacts
 from .session import Session, make_session
+from .stop import StopRequests, was_asked
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class Writer:
         self.result: dict[str, Any] | None = None  # of the flow, as soon as its work is done
         self.on_result: Callable[[dict[str, Any]], None] = lambda result: None
         self.listeners: list[Callable[[str, Any], None]] = []  # told of rows and signs of life, in the thread that waits for them
-        self.session: Session = make_session(config, run_dir, lock_fd, listener=self._tell, require_exact=require_exact)
+        self.stops = StopRequests(at_once=lambda: note_stop(run_dir, "a second request"))
+        self.session: Session = make_session(config, run_dir, lock_fd, listener=self._tell, require_exact=require_exact, stops=self.stops)
 
     @functools.cached_property
     def artifacts(self) -> Artifacts:
@@ -85,7 +87,7 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
         yield _current
         return
     lock = WriterLock(place)
-    lock.acquire()
+    lock.acquire(wait=2.0)
     try:
         settle_config(place, config)
         _current = Writer(config, place, lock.fd, require_exact=require_exact)
@@ -95,11 +97,9 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
             yield _current
         except BaseException as e:
             session.close()
-            asked = isinstance(e, StoppedError) or not isinstance(e, Exception)
-            if asked and (step := newest_step(place)) is not None:
-                place.event("stopped", step=step, reason=type(e).__name__)
-                log.info("stopped; step %d is committed", step)
-            elif not asked:
+            if _current.stops.asked or was_asked(e):
+                note_stop(place, "asked to stop")
+            else:
                 place.event("failed", **describe(e))
             raise
         finally:
@@ -115,23 +115,38 @@ def is_trained(config: RunConfig, place: RunDir) -> bool:
     return newest is not None and newest.step == config.num_steps
 
 
+def note_stop(place: RunDir, reason: str) -> None:
+    """Log that the run ended early by request, and where it can go on."""
+    step = newest_step(place)
+    if step is None:
+        place.event("ended", reason=f"{reason} before the first commit")
+    else:
+        place.event("stopped", step=step, reason=reason)
+
+
 def settle_config(place: RunDir, config: RunConfig, *, dry: bool = False) -> None:
     """Make the directory one of a run of `config`, or see that it is one; `dry` only looks. Raises ConfigError with the differences."""
     if place.config.exists():
         old = read_config(place.config)
-        if conflicts := resume_conflicts(old, config):
+        newest = newest_step(place)
+        if newest is not None and newest > config.num_steps:
+            raise ConfigError(f"{place.path} is trained to step {newest} already, beyond num_steps {config.num_steps}; raise num_steps")
+        # Nothing was trained yet: the config may be corrected.
+        if newest is not None and (conflicts := resume_conflicts(old, config)):
             lines = "\n  ".join(conflicts)
             raise ConfigError(
                 f"{place.path} holds a run of another config:\n  {lines}\n"
                 "go on with its own (everstep resume), or choose another name or --run-dir"
             )
-        if old == config:
+        if old == config and place.identity.exists():
             return
     elif steps_in(place.checkpoints):
         raise RunDirError(f"{place.path} has checkpoints but no config.json; bring that back, or choose another directory by --run-dir")
     if dry:
         return
     if not place.identity.exists():
+        if newest_step(place) is not None:
+            raise RunDirError(f"{place.identity} is missing, and with it the run's name in its store; bring it back from a published copy")
         identity = f'{{"format": {FORMAT_VERSION}, "run_id": "{secrets.token_hex(8)}"}}\n'
         write_atomic(place.identity, identity.encode())
     write_atomic(place.config, to_json(config).encode())  # last: with it the directory is a run

@@ -70,6 +70,17 @@ class StoppedError(EverstepError):
         self.step = step
 
 
+def of_the_system(error: BaseException, place: object) -> BaseException:
+    """An error of the disk as a RunDirError that says what to do; any other as it is."""
+    import errno
+
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        return error
+    made = RunDirError(f"{place} cannot be written: {error.strerror}; make room or mend its rights, then go on with `everstep resume`")
+    made.__cause__ = error
+    return made
+
+
 def describe(error: BaseException) -> dict:
     """`error` in JSON terms, to cross a process border: class name, message, whether to retry, and its step if it has one."""
     return {

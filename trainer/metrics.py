@@ -92,7 +92,7 @@ def window_of(step: Mapping[str, Any]) -> dict[str, Any]:
 
 def identity(like: Mapping[str, Any]) -> dict[str, Any]:
     """The window that holds no step, of the structure of `like` (arrays or shapes)."""
-    start = {"max": -np.inf, "min": np.inf}
+    start = {"max": -np.inf, "min": np.inf, "single": np.nan}  # of no step there is no last one
     return {
         k: {name: jax.tree.map(lambda x, n=name: jnp.full(x.shape, start.get(n, 0.0), x.dtype), v) for name, v in w.items()}
         for k, w in like.items()

@@ -4,14 +4,19 @@ Rows up to a step are on the disk before that step's manifest, and going back to
 is a pure function of its checkpoint, so its row is fsynced when written and stays as long as the checkpoint does.
 """
 
+import itertools
 import json
+import logging
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .files import fsync, write_atomic
-from .rundir import read_lines
+from .rundir import damaged_lines, read_lines
+
+log = logging.getLogger(__name__)
 
 VOLATILE = ("time", "throughput", "mfu", "memory")  # first word of the names of values that depend on clock or machine
 
@@ -54,6 +59,10 @@ class Rows:
         """Drop the rows of later steps than `step`, and a torn last line."""
         if not self.path.exists():
             return
+        if bad := damaged_lines(self.path):
+            copy = next(c for n in itertools.count(1) if not (c := self.path.with_name(f"damaged-metrics-{n}.jsonl")).exists())
+            shutil.copyfile(self.path, copy)
+            log.warning("lines %s of %s cannot be read; the file as it was is kept as %s", bad, self.path, copy.name)
         kept = [row for row in read(self.path) if row["step"] <= step]
         data = "".join(json.dumps(row) + "\n" for row in kept).encode()
         if data != self.path.read_bytes():

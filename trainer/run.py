@@ -23,7 +23,7 @@ from .generate import generate
 from .manifest import Commit, name_of
 from .module import TrainerModule
 from .restore import weights_at
-from .rows import Rows, find
+from .rows import Rows, find, read
 from .rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Run:
         """The newest commit, restored; where there is none, step 0 is made and committed. Later rows are cut."""
         newest = self.store.newest_whole()
         if newest is None:
+            self._refuse_to_forget()
             return self._begin()
         self._restore(newest)
         return Commit(newest, manifest.own_crc(self.store.root / name_of(newest)))
@@ -148,6 +149,15 @@ class Run:
     def close(self) -> None:
         """Let go of the checkpoints; nothing that is not committed becomes so."""
         self.store.close()
+
+    def _refuse_to_forget(self) -> None:
+        """A run that was committed before is not begun anew because all of its checkpoints are damaged."""
+        damaged = sorted(p.parent.name for p in self.run_dir.path.glob(f"damaged/*/{manifest.NAME}"))
+        if damaged or read(self.run_dir.metrics):
+            raise CheckpointError(
+                f"no checkpoint in {self.store.root} is whole (set aside: {', '.join(damaged) or 'none'}); bring one back from a copy, "
+                f"or move {self.run_dir.path} away to begin anew"
+            )
 
     def _begin(self) -> Commit:
         self.rows.cut(-1)

@@ -30,6 +30,7 @@ class RunDir:
         self.logs = self.path / "logs"
         self.report = self.path / "report.md"
         self.plot = self.path / "loss.png"
+        self.sample = self.path / "sample.json"
 
     def event(self, name: str, **fields: Any) -> None:
         """Append one event; a line is one write, so that processes do not tear each other's lines."""
@@ -58,18 +59,26 @@ def _torn(path: Path) -> bool:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file of lines, without lines that a crash tore. A missing file has none."""
+    """The JSON objects of a file of lines, without those that cannot be read. A missing file has none."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return
-    for line in data.split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
+    yield from (row for line in data.split(b"\n") if (row := _parse(line)) is not None)
+
+
+def damaged_lines(path: Path) -> list[int]:
+    """The numbers, from 1, of lines that cannot be read though a line end follows: a crash only tears the last."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [number for number, line in enumerate(lines, 1) if line and _parse(line) is None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 class WriterLock:

@@ -99,7 +99,7 @@ def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, c
             keep, counted = alive, state
         merged = m.merge(window, m.window_of(found))
         if config.on_nonfinite == "skip" and window is not None:  # what was found in a bad batch would spoil the whole window
-            good = {k: w for k, w in merged.items() if k != "skipped"}
+            good = {k: w for k, w in merged.items() if k not in ("skipped", "lr")}
             old = {k: window[k] for k in good}
             merged |= jax.tree.map(lambda a, b: jnp.where(finite, a, b), good, old)
         new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, counted)

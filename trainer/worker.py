@@ -73,6 +73,7 @@ class Worker:
         self.requests: queue.Queue[list[Any]] = queue.Queue()
         self.phase, self.step = "imports", -1
         self.run: Any = None
+        self.run_dir = ""
 
     def listen(self) -> None:
         """In a thread of its own: take requests; `stop` is not queued behind them."""
@@ -91,7 +92,7 @@ class Worker:
 
     def serve(self) -> None:
         """Answer requests in order, for ever."""
-        from .errors import describe
+        from .errors import describe, of_the_system
 
         while True:
             kind, value = self.requests.get()
@@ -99,7 +100,7 @@ class Worker:
                 answer = getattr(self, f"do_{kind}")(**value)
             except BaseException as e:
                 logging.getLogger("trainer").debug("request %s failed", kind, exc_info=e)
-                self.pipe.send("error", describe(e))
+                self.pipe.send("error", describe(of_the_system(e, self.run_dir)))
             else:
                 self.pipe.send("ok", answer)
             self.phase = "idle"

@@ -17,5 +17,8 @@ class Store(Protocol):
         Raises StorageError where that failed; a repeat goes on or begins anew. An older copy of the step is replaced.
         """
 
+    def fetch(self, step: int, target: Path) -> None:
+        """Bring a copy back as the folder `target`, which must not exist. Raises StorageError where the copy is not whole."""
+
     def delete(self, step: int) -> None:
         """Remove a copy, if it is there."""

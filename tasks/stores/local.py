@@ -49,6 +49,18 @@ class LocalStore:
             raise StorageError(f"checkpoint {step} cannot be published to {self.root}: {e}; see to the folder, it is tried again") from e
         return str(target)
 
+    def fetch(self, step: int, target: Path) -> None:
+        """See Store.fetch."""
+        source = self.checkpoints / manifest.name_of(step)
+        if wrong := manifest.problems(source, step):
+            raise StorageError(f"the published copy of checkpoint {step} is damaged too: {'; '.join(wrong[:3])}")
+        part = target.with_name(f"{PART}{target.name}")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part)
+        fsync_tree(part)
+        os.rename(part, target)
+        fsync(target.parent)
+
     def delete(self, step: int) -> None:
         """See Store.delete."""
         target = self.checkpoints / manifest.name_of(step)

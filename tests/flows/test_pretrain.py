@@ -97,7 +97,8 @@ def test_the_server_knows_the_tasks_by_what_they_did_and_shows_report_and_tables
         assert wanted <= names
         assert flow_run.state.is_completed()
         keys = ArtifactFilterKey(any_=["flow-test-report", "flow-test-validations", "flow-test-checkpoints", "progress"])
-        found = {a.key: a.data for a in client.read_artifacts(artifact_filter=ArtifactFilter(key=keys))}
+        versions = client.read_artifacts(artifact_filter=ArtifactFilter(key=keys))
+        found = {a.key: a.data for a in sorted(versions, key=lambda a: a.created)}
     assert found.keys() == {"flow-test-report", "flow-test-validations", "flow-test-checkpoints", "progress"}
     picture = found["flow-test-report"].split("data:image/png;base64,")[1].split(")")[0]
     assert base64.b64decode(picture).startswith(b"\x89PNG")

@@ -12,9 +12,10 @@ import pytest
 
 from tasks.preparation import prepare
 from tasks.session import ProcessSession
+from tasks.stop import StopRequests
 from tasks.writer import writing
 from trainer.checkpoint import verify
-from trainer.errors import ConfigError, RunDirError, TrainerDiedError, TrainerHungError
+from trainer.errors import ConfigError, RunDirError, StoppedError, TrainerDiedError, TrainerHungError
 from trainer.rundir import RunDir
 
 
@@ -73,7 +74,7 @@ def test_a_process_trains_the_same_bits_as_inline_through_kills_of_it_and_of_its
 
 
 def test_a_stopped_process_is_found_killed_and_replaced(started, reference, monkeypatch):
-    monkeypatch.setattr("tasks.child.BEAT_LIMIT", 3.0)
+    monkeypatch.setattr("tasks.child.STOPPED_LIMIT", 3.0)
     started.session._child.process.send_signal(signal.SIGSTOP)
     with pytest.raises(TrainerHungError, match="no sign of life") as hung:
         started.session.train_until(2)
@@ -82,27 +83,43 @@ def test_a_stopped_process_is_found_killed_and_replaced(started, reference, monk
     assert digests(started.run_dir.path)[2] == reference[2]
 
 
-class Unwound(BaseException):
-    """What the host program's own handler raises."""
-
-
-def test_a_stop_signal_lets_the_step_end_commits_and_then_takes_its_usual_course(started, reference):
-    def handler(number, frame):
-        raise Unwound
-
-    before = signal.signal(signal.SIGTERM, handler)
+def test_a_stop_signal_lets_the_step_end_and_commits_and_is_never_raised_in_the_middle(started, reference):
+    before = signal.getsignal(signal.SIGTERM)
     seen = []
     started.listeners.append(lambda kind, value: seen.append(kind) if kind == "row" and value[1] >= 3 else None)
-    try:
-        timer = threading.Timer(0.0, lambda: (wait_for(lambda: seen), os.kill(os.getpid(), signal.SIGTERM)))
-        timer.start()
-        with pytest.raises(Unwound):
-            started.session.train_until(100_000)
-        timer.join()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    killer = threading.Thread(target=lambda: (wait_for(lambda: seen), os.kill(os.getpid(), signal.SIGTERM)))
+    killer.start()
+    with pytest.raises(StoppedError) as stopped, started.stops.held():
+        started.session.train_until(100_000)
+    killer.join()
     newest = verify(started.run_dir.path)[-1]
-    assert newest["ok"] and 3 <= newest["step"] < 100_000
+    assert newest["ok"] and 3 <= newest["step"] == stopped.value.step < 100_000
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_signals_are_noted_in_a_body_and_cut_off_only_what_may_be_cut_off():
+    stops = StopRequests()
+    with stops.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)  # a closing terminal sends several
+        assert stops.asked
+        with pytest.raises(StoppedError), stops.interruptible():
+            raise AssertionError("a request that came before is seen at once")
+    stops = StopRequests()
+    with pytest.raises(StoppedError), stops.held(), stops.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        stops = StopRequests()
+        with stops.held():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stops.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def wait_for(condition, timeout=60):
@@ -145,13 +162,21 @@ def test_the_trainer_dies_with_a_killed_parent_and_the_run_directory_is_free(mic
 
 def test_a_directory_of_another_config_is_refused_field_by_field_and_left_alone(micro, tmp_path):
     path = tmp_path / "run"
-    with writing(micro(), path):
-        pass
+    with writing(micro(), path) as writer:
+        writer.session.data = Path(prepare(writer.config.data).path)
+        writer.session.open()
     before = RunDir(path).config.read_bytes()
-    with pytest.raises(ConfigError, match=r"optimizer.schedule.lr: 0.003 -> 0.5"):
+    with pytest.raises(ConfigError, match=r"optimizer.schedule.lr: 0.004 -> 0.5"):
         with writing(micro("optimizer.schedule.lr=0.5"), path):
             pass
     assert RunDir(path).config.read_bytes() == before
+
+
+def test_a_config_may_be_corrected_until_something_is_committed(micro, tmp_path):
+    with writing(micro("data.path=/nowhere"), tmp_path / "run"):
+        pass
+    with writing(micro(), tmp_path / "run") as writer:
+        assert writer.config == micro()
 
 
 def test_one_process_writes_one_run_at_a_time(micro, tmp_path):

@@ -28,8 +28,8 @@ VERSION = 1  # of the files below a prepared folder; part of their digest
 class PackedConfig(PartConfig):
     """Base of the configs of data: whatever ends as rows of tokens."""
 
-    seq_len: int = Field(128, ge=2)  # tokens a row
-    batch_size: int = Field(16, ge=1)  # rows of the global batch of one step
+    seq_len: int = Field(128, ge=2, le=2**24)  # tokens a row
+    batch_size: int = Field(16, ge=1, le=2**20)  # rows of the global batch of one step
     eval_batch_size: int | None = Field(None, ge=1)  # rows; None: batch_size
 
 
