@@ -52,6 +52,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _resolve(self) -> "RunConfig":
+        self._check_trainer()
         self._resolve_trainer()
         self._resolve_schedule()
         self._check_vocabulary()
@@ -61,6 +62,13 @@ class RunConfig(Config):
     def _fill(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen is meant for readers; this is still the making
         self.__pydantic_fields_set__.add(name)
+
+    def _check_trainer(self) -> None:
+        logger = self.trainer.logger
+        given = {"callbacks": self.trainer.callbacks} | ({"logger.parts": logger.parts, "logger.path": logger.path} if logger else {})
+        for name, value in given.items():
+            if value:
+                raise ValueError(f"trainer.{name} is for TrainerModule.train_model; a run of the pipeline has no use for it: leave it out")
 
     def _resolve_trainer(self) -> None:
         given = self.trainer.model_fields_set

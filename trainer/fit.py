@@ -4,6 +4,7 @@ What is logged is cut at absolute steps: a window ends where a row is due, where
 and epoch values are merged from these pieces, so they are the same wherever a life began.
 """
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -125,6 +126,7 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
         map(trainer.put_train, trainer.tracker(feed, total=plan.total, completed=start)),
         start=start,
         until=plan.total,
+        empty=trainer.empty_window,
         closes=plan.closes,
         pause=lambda step: plan.looks_up(step) or desk.wants(step),
     )
@@ -159,6 +161,20 @@ def look_up(trainer: "TrainerModule", plan: Plan, step: int, val_loader: Any) ->
     if plan.ends_epoch(step) and step < plan.total:
         trainer.on_training_epoch_start(epoch + 1)
     return results
+
+
+def validate_averages(trainer: "TrainerModule", loader: Any) -> None:
+    """The row `val_ema`, where a callback has averaged parameters to validate with and the loaders can be read once more."""
+    loaders = loader.values() if isinstance(loader, Mapping) else [loader]
+    for callback in trainer.callbacks:
+        averaged = callback.evaluation_params(trainer.state)
+        if averaged is None:
+            continue
+        if any(iter(one) is one for one in loaders):
+            log.warning("there is no val_ema row: the validation loader is an iterator that can be used once")
+            continue
+        weights = (averaged, trainer.state.mutable)
+        trainer.desk.write("val_ema", trainer.global_step, over_loaders(loader, functools.partial(trainer.run_evaluation, weights)))
 
 
 def over_loaders(loader: Any, evaluate: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from . import metrics
 from .errors import DivergedError
 from .state import TrainState
 
@@ -36,17 +35,17 @@ def train(
     *,
     start: int,
     until: int,
+    empty: Callable[[], Any],
     closes: Callable[[int], bool],
     pause: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Record]:
     """Steps `start + 1` to `until`, a record each.
 
-    A window closes at the steps that `closes` names. What is in flight is settled at `until` and wherever `pause(step)` says
-    so. Raises DivergedError with the step whose loss or gradients were not finite, and the state before it.
+    A window closes at the steps that `closes` names; `empty()` makes the next, laid out like the first. What is in flight is
+    settled at `until` and wherever `pause(step)` says so. Raises DivergedError with the step whose loss or gradients were not
+    finite, and the state before it.
     """
-    shardings, shapes = jax.tree.map(lambda x: x.sharding, window), jax.eval_shape(lambda w: w, window)
-    empty = jax.jit(lambda: metrics.identity(shapes), out_shardings=shardings)  # laid out like the first: one compiled step for both
-    alive: Any = jax.jit(lambda: jnp.array(True), out_shardings=jax.tree.leaves(shardings)[0])()
+    alive: Any = jax.device_put(np.array(True), jax.tree.leaves(window)[0].sharding)
     flying: deque[tuple[int, Any, Any]] = deque()
 
     def settle(leave: int) -> tuple[tuple[int, Any], ...]:

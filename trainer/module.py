@@ -205,6 +205,12 @@ class TrainerModule:
             self._eval_metric_shapes = jax.device_get(found)
         return jax.device_put(self._eval_metric_shapes, replicated(self.mesh))
 
+    @functools.cached_property
+    def empty_window(self) -> Callable[[], dict[str, Any]]:
+        """Makes a logging window that holds no step, laid out on the mesh in one dispatch."""
+        shapes = self.window_shapes
+        return jax.jit(lambda: metrics.identity(shapes), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
+
     @property
     def window_shapes(self) -> dict[str, Any]:
         """A logging window as shapes on the mesh."""
@@ -298,6 +304,7 @@ class TrainerModule:
         values = fit.over_loaders(val_loader, lambda loader: self._evaluate(loader, "val", epoch_idx))
         self.on_validation_epoch_end(values, epoch_idx, self.global_step)
         self.desk.write("val", self.global_step, values)
+        fit.validate_averages(self, val_loader)
         return values
 
     def test_model(self, test_loader: Any, apply_callbacks: bool = False, epoch_idx: int = 0) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class Run:
             self._batches(),
             start=self.step,
             until=step,
+            empty=self.trainer.empty_window,
             closes=lambda at: at % self.log_every == 0 or at == self.config.num_steps,
             pause=pause,
         ):

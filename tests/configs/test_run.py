@@ -152,3 +152,12 @@ def test_more_steps_are_a_conflict_exactly_where_the_schedule_follows_them():
     steps, decay = resume_conflicts(run(100), run(200))
     assert steps == "num_steps: 100 -> 200"
     assert decay.startswith(f"{DECAY}: 100 -> 200") and f"set {DECAY}=100" in decay and "fork" in decay
+
+
+ONLY_TRAIN_MODEL = [{"callbacks": [{"kind": "ema"}]}, {"logger": {"parts": [{"kind": "csv"}]}}, {"logger": {"path": "x"}}]
+
+
+@pytest.mark.parametrize("trainer", ONLY_TRAIN_MODEL)
+def test_what_only_train_model_has_is_refused_in_a_run_not_ignored(trainer):
+    with pytest.raises(ValidationError, match="train_model"):
+        RunConfig(trainer=trainer)

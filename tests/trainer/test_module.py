@@ -388,3 +388,22 @@ def test_after_a_skipped_step_the_logged_rate_is_still_the_one_used():
     logged = [values["lr_single"] for split, _, values in told.rows if split == "train"]
     assert logged == pytest.approx([float(trainer.optimizer.schedule(i)) for i in range(4)])
     assert int(trainer.state.opt_state["rate"].count) == 4
+
+
+def test_averaged_parameters_are_validated_as_a_row_of_their_own_and_survive_a_stop(tmp_path):
+    from trainer.callbacks import EMAConfig
+
+    def averaging(path):
+        base = saving(path, check_val_every_n_steps=4)
+        config = base.trainer_config.replace(callbacks=(*base.trainer_config.callbacks, EMAConfig(decay=0.9)))
+        return Regression(config, base.model_config, base.optimizer_config, base.exmp_batch)
+
+    averaging(tmp_path / "whole").train_model(DATA, VAL, num_train_steps=12)
+    averaging(tmp_path / "cut").train_model(DATA, VAL, num_train_steps=8)
+    again = averaging(tmp_path / "cut")
+    assert again.load_model() == 8
+    again.train_model(DATA, VAL, num_train_steps=12)
+    found, whole = rows(tmp_path / "cut"), rows(tmp_path / "whole")
+    assert {step for split, step in whole if split == "val_ema"} == {4, 8, 12}
+    assert {k: v for k, v in found.items() if k[0].startswith("val")} == {k: v for k, v in whole.items() if k[0].startswith("val")}
+    assert whole["val_ema", 12]["loss"] != whole["val", 12]["loss"]

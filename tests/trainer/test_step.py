@@ -61,11 +61,13 @@ def stepper(loss=LOSS, **config):
 def rows_of(*borders, log_every=4, last=14):
     """Train through `borders`, one life each, the open window handed on; all rows and the last state."""
     step, window = stepper()
-    state, rows = fresh(), []
+    state, rows, start_window = fresh(), [], window
     for start, until in itertools.pairwise(borders):
         batches = (batch_of(i) for i in range(start, until))
         closes = lambda s: s % log_every == 0 or s == last  # noqa: E731
-        for record in loop.train(step, state, window, batches, start=start, until=until, closes=closes):
+        for record in loop.train(
+            step, state, window, batches, start=start, until=until, empty=lambda: metrics.identity(start_window), closes=closes
+        ):
             state, window = record.state, record.window
             rows += [(at, metrics.compute(w)) for at, w in record.closed]
     return rows, state
@@ -102,7 +104,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
         np.testing.assert_array_equal(x, y)
     batches = iter([batch_of(0), batch_of(1), bad, batch_of(3), batch_of(4)])
     with pytest.raises(DivergedError) as caught:
-        list(loop.train(step, fresh(), window, batches, start=0, until=5, closes=lambda s: s % 2 == 0))
+        list(loop.train(step, fresh(), window, batches, start=0, until=5, empty=lambda: window, closes=lambda s: s % 2 == 0))
     assert caught.value.step == 3
     assert caught.value.state.step == 2  # what was in flight behind the bad step changed nothing either
 
@@ -141,7 +143,9 @@ def test_training_learns_and_evaluation_weighs_by_tokens():
     one_by_one = [evaluate(evaluation, start, [b], empty=empty) for b in held_out]
     weights = [v["tokens_sum"] for v in one_by_one]
     assert before["loss"] == pytest.approx(np.average([v["loss"] for v in one_by_one], weights=weights), rel=1e-5)
-    for record in loop.train(step, start, window, map(batch_of, range(40)), start=0, until=40, closes=lambda s: s == 40):
+    for record in loop.train(
+        step, start, window, map(batch_of, range(40)), start=0, until=40, empty=lambda: window, closes=lambda s: s == 40
+    ):
         state = record.state
     assert evaluate(evaluation, state, held_out, empty=empty)["loss"] < before["loss"] / 2
 
