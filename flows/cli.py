@@ -258,7 +258,7 @@ def prepare(*words: str, as_json: Json = False) -> None:
 
     preset, overrides = split_preset(words)
     config = load(preset, overrides)
-    ref = use.prepare(config)
+    ref = use.prepare(config, quiet=False)
     manifest = load_manifest(ref.path)
     for name, split in manifest.splits.items():
         if not as_json:

@@ -120,11 +120,12 @@ class Display:
             self._live.update(self._bar, completed=step, values="  ".join(parts))
             return
         if self.total and (seconds := values.get("time_step_s")):
-            parts.append(f"ETA {_duration(seconds * (self.total - step))}")
+            parts.append(f"ETA {duration(seconds * (self.total - step))}")
         self.line(f"step {step}/{self.total}  " + "  ".join(parts))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -15,7 +15,7 @@ from trainer import rows
 from trainer.errors import ConfigError, EverstepError
 from trainer.rundir import RunDir
 
-from .console import say
+from .console import duration, say
 
 OWN_PRESET = """\
 # What this run is. `everstep config show tiny` prints every key; a.b=c on the command line changes one.
@@ -71,6 +71,7 @@ def facts(path: Path) -> dict[str, Any]:
     train = [r for r in metrics if r["split"] == "train"]
     last = train[-1] if train else {}
     seconds = last.get("time_step_s")
+    published = sorted({e["step"] for e in events if e["event"] == "published"})
     step = max([newest or 0, last.get("step", 0)])
     stopped: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("stopped", "ended", "failed", "finished", "started")), {})
     return {
@@ -84,7 +85,8 @@ def facts(path: Path) -> dict[str, Any]:
         "loss": last.get("loss_mean"),
         "throughput_tokens_per_s": last.get("throughput_tokens_per_s"),
         "eta_seconds": round(seconds * (config.num_steps - step)) if seconds and running else None,
-        "published": sorted({e["step"] for e in events if e["event"] == "published"}),
+        "published": published,
+        "publish_lag_steps": (newest or 0) - max(published, default=0) if config.publish.kind != "none" else None,
         "why_stopped": None if running or (trained and tested) else _why(stopped, place),
     }
 
@@ -107,15 +109,31 @@ def status(path: Path, *, watch: bool, quiet: bool) -> dict[str, Any]:
     while True:
         found = facts(path)
         if not quiet:
-            for key in ("run_dir", "status", "last_commit", "step", "total", "loss", "throughput_tokens_per_s", "eta_seconds", "lives"):
-                if found[key] is not None:
-                    say(f"{key.replace('_', ' '):<24} {found[key]}")
-            if found["why_stopped"]:
-                say(f"{'why it stopped':<24} {found['why_stopped']}")
+            show_facts(found)
         if not watch or found["status"] != "running":
             return found
         time.sleep(2)
         say()
+
+
+def show_facts(found: dict[str, Any]) -> None:
+    """The state of one run, a line for each fact."""
+    speed, eta = found["throughput_tokens_per_s"], found["eta_seconds"]
+    lines = {
+        "run": os.path.relpath(found["run_dir"]),
+        "status": found["status"],
+        "step": f"{found['step']} of {found['total']}",
+        "last commit": found["last_commit"],
+        "published": f"up to step {found['published'][-1]}" if found["published"] else None,
+        "training loss": f"{found['loss']:.4f}" if found["loss"] is not None else None,
+        "speed": f"{speed:,.0f} tokens/s" if speed else None,
+        "ETA": duration(eta) if eta is not None else None,
+        "lives": found["lives"],
+        "why it stopped": found["why_stopped"],
+    }
+    for name, value in lines.items():
+        if value is not None:
+            say(f"{name:<16}{value}")
 
 
 def all_runs(root: Path, *, quiet: bool) -> list[dict[str, Any]]:

@@ -17,12 +17,12 @@ from trainer.rundir import RunDir
 from .console import say
 
 
-def prepare(config: RunConfig) -> Any:
+def prepare(config: RunConfig, *, quiet: bool = True) -> Any:
     """The prepared data of a run, made where it is not there yet."""
     from tasks.preparation import prepare as make
 
     data: Any = config.data
-    return make(data, on_progress=say)
+    return make(data, on_progress=None if quiet else say)
 
 
 def baseline(config: RunConfig) -> dict[str, Any]:
