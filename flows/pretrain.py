@@ -1,5 +1,6 @@
 """A training run as a Prefect flow, from a config to a report. This page is the whole order of events."""
 
+import logging
 from typing import Any, cast
 
 from prefect import flow
@@ -17,6 +18,8 @@ from tasks.summary import best_commit, has_test, result_of
 from tasks.train import init_model, train_chunk
 from tasks.uploads import Uploads
 from tasks.writer import Writer, is_trained, writing
+
+log = logging.getLogger(__name__)
 
 
 @flow(
@@ -37,7 +40,8 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
         writer.entered = True
         show_in_run()
         if not is_trained(config, writer.run_dir):
-            writer.session.start()  # what does not fit this machine is refused before anything is done
+            machine = writer.session.start()  # what does not fit this machine is refused before anything is done
+            log.info("trains on %s", in_words(machine))
         data = value_of(prepare_data(config))
         ref = value_of(init_model(config, data))
         uploads = Uploads(config, data, writer)
@@ -67,6 +71,14 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
         writer.finish(result)
         writer.artifacts.close()
         return result
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    """What of the machine is used; see trainer.run.describe_devices."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in machine["mesh"].items())
+    return "{devices} x {kind} ({platform}), mesh {mesh}, {parameters:,} parameters, {dtype}, attention {attention}".format(
+        **{**machine, "mesh": mesh}
+    )
 
 
 def report_progress(writer: Writer, ref: CheckpointRef) -> None:
