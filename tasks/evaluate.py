@@ -3,35 +3,22 @@
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from configs.run import RunConfig
 from trainer import rows
 
 from .refs import CheckpointRef, Report, already_done
-from .retry import TRAINER_DELAYS, TRAINER_RETRIES, can_help
+from .retry import WITH_TRAINER
 from .writer import current
 
 
-@task(
-    task_run_name="validate[{ref.step}]",
-    retries=TRAINER_RETRIES,
-    retry_delay_seconds=TRAINER_DELAYS,
-    retry_condition_fn=can_help,
-    cache_policy=NO_CACHE,
-)
+@task(task_run_name="validate[{ref.step}]", **WITH_TRAINER)
 def validate(config: RunConfig, ref: CheckpointRef) -> Report:
     """The validation row of a commit."""
     return _evaluate(ref.step, "val", row=ref.step)
 
 
-@task(
-    task_run_name="test[{ref.step}]",
-    retries=TRAINER_RETRIES,
-    retry_delay_seconds=TRAINER_DELAYS,
-    retry_condition_fn=can_help,
-    cache_policy=NO_CACHE,
-)
+@task(task_run_name="test[{ref.step}]", **WITH_TRAINER)
 def test(config: RunConfig, ref: CheckpointRef) -> Report:
     """The test row of a run, from the weights of its best commit `ref`; it carries the run's last step."""
     return _evaluate(ref.step, "test", row=config.num_steps)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from configs.run import RunConfig, chunk_ends
 from trainer import manifest, rows
@@ -18,7 +17,7 @@ from trainer.retention import steps_to_delete
 from trainer.rundir import RunDir
 
 from .refs import CheckpointRef, DataRef, PublishedRef, already_done
-from .retry import STORE_DELAYS, STORE_RETRIES, can_help
+from .retry import WITH_STORE
 from .summary import best_of, store_of
 
 log = logging.getLogger(__name__)
@@ -26,13 +25,7 @@ log = logging.getLogger(__name__)
 TRASH = ".trash"
 
 
-@task(
-    task_run_name="publish[{ref.step}]",
-    retries=STORE_RETRIES,
-    retry_delay_seconds=STORE_DELAYS,
-    retry_condition_fn=can_help,
-    cache_policy=NO_CACHE,
-)
+@task(task_run_name="publish[{ref.step}]", **WITH_STORE)
 def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run_dir: str) -> PublishedRef:
     """Copy a commit to the store, verified, with what another machine needs to go on from it."""
     place = RunDir(run_dir)

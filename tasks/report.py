@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from configs.load import dump_yaml
 from configs.run import RunConfig
@@ -18,7 +17,7 @@ from trainer.rundir import RunDir
 
 from .artifacts import Artifacts
 from .refs import CheckpointRef, DataRef
-from .retry import TRAINER_DELAYS, TRAINER_RETRIES, can_help
+from .retry import WITH_TRAINER
 from .summary import checkpoints, report_mark, result_of, validations
 from .writer import current
 
@@ -52,13 +51,7 @@ def curve(metrics: list[dict[str, Any]], *, title: str, reference: float | None 
     return out.getvalue()
 
 
-@task(
-    task_run_name="report[{config.name}]",
-    retries=TRAINER_RETRIES,
-    retry_delay_seconds=TRAINER_DELAYS,
-    retry_condition_fn=can_help,
-    cache_policy=NO_CACHE,
-)
+@task(task_run_name="report[{config.name}]", **WITH_TRAINER)
 def write_report(config: RunConfig, data: DataRef, best: CheckpointRef) -> str:
     """Write report.md and loss.png, and show them in the UI. Returns the report's path."""
     writer = current()

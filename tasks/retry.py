@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from prefect.cache_policies import NO_CACHE
+
 from trainer.errors import EverstepError
 
 # The first new trainer comes at once; whatever kills one after another is given time to pass.
@@ -20,3 +22,13 @@ def can_help(task: Any, task_run: Any, state: Any) -> bool:
     except Exception:
         return False
     return False
+
+
+# Options of tasks: what is done is found in the run directory, so no result is cached.
+WITH_TRAINER: dict[str, Any] = {
+    "retries": TRAINER_RETRIES,
+    "retry_delay_seconds": TRAINER_DELAYS,
+    "retry_condition_fn": can_help,
+    "cache_policy": NO_CACHE,
+}
+WITH_STORE: dict[str, Any] = {**WITH_TRAINER, "retries": STORE_RETRIES, "retry_delay_seconds": STORE_DELAYS}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from configs.run import RunConfig
 from trainer import manifest
@@ -11,7 +10,7 @@ from trainer.manifest import Commit
 
 from .publish import bring_back
 from .refs import CheckpointRef, DataRef, already_done
-from .retry import TRAINER_DELAYS, TRAINER_RETRIES, can_help
+from .retry import WITH_TRAINER
 from .writer import current
 
 
@@ -19,13 +18,7 @@ def _ref(commit: Commit) -> CheckpointRef:
     return CheckpointRef(step=commit.step, manifest_crc32c=commit.manifest_crc32c)
 
 
-@task(
-    task_run_name="init[{config.name}]",
-    retries=TRAINER_RETRIES,
-    retry_delay_seconds=TRAINER_DELAYS,
-    retry_condition_fn=can_help,
-    cache_policy=NO_CACHE,
-)
+@task(task_run_name="init[{config.name}]", **WITH_TRAINER)
 def init_model(config: RunConfig, data: DataRef) -> CheckpointRef:
     """The run's newest commit, made where there is none.
 
@@ -40,13 +33,7 @@ def init_model(config: RunConfig, data: DataRef) -> CheckpointRef:
     return _ref(writer.session.open())
 
 
-@task(
-    task_run_name="train[{ref.step}-{end}]",
-    retries=TRAINER_RETRIES,
-    retry_delay_seconds=TRAINER_DELAYS,
-    retry_condition_fn=can_help,
-    cache_policy=NO_CACHE,
-)
+@task(task_run_name="train[{ref.step}-{end}]", **WITH_TRAINER)
 def train_chunk(config: RunConfig, ref: CheckpointRef, end: int) -> CheckpointRef:
     """Train from `ref` to step `end` and commit. Killed at any moment and called again, it goes on from the newest commit."""
     return _ref(current().session.train_until(end))

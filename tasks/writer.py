@@ -97,7 +97,9 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
             yield _current
         except BaseException as e:
             session.close()
-            if _current.stops.asked or was_asked(e):
+            if _current.result is not None:
+                pass  # all was done: what failed or was stopped are last reports
+            elif _current.stops.asked or was_asked(e):
                 note_stop(place, "asked to stop")
             else:
                 place.event("failed", **describe(e))
