@@ -99,3 +99,10 @@ def test_no_committed_file_names_a_registry_or_a_path_of_a_machine():
     for name in ("requirements.lock", "Makefile", "pyproject.toml"):
         text = (ROOT / name).read_text()
         assert "://" not in text.replace("http://127.0.0.1", ""), name
+
+
+def test_every_known_fault_of_another_implementation_has_a_test_that_says_what_holds_here():
+    import re
+
+    marks = {int(n) for path in (ROOT / "tests").rglob("test_*.py") for n in re.findall(r"mark\.fault\((\d+)\)", path.read_text())}
+    assert marks == set(range(1, 39))

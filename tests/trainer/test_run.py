@@ -202,6 +202,7 @@ def test_bits_per_byte_is_the_code_length_of_the_text_over_its_bytes(life, whole
     run.close()
 
 
+@pytest.mark.fault(5)
 def test_a_batch_that_the_microbatches_do_not_divide_is_refused_with_the_number_that_fits(micro):
     config = micro()
     training = training_config(config)

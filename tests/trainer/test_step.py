@@ -73,6 +73,7 @@ def rows_of(*borders, log_every=4, last=14):
     return rows, state
 
 
+@pytest.mark.fault(3)
 @pytest.mark.fault(4)
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("num", [2, 4])
