@@ -212,7 +212,8 @@ class ProcessSession(Session):
         """The current child; a new one where it is gone: the spare, if that lives."""
         if self._child is not None and self._child.alive:
             return self._child
-        if self._child is not None:
+        if self._child is not None:  # it died while nobody was waiting for it
+            self._note_death(self._child, self._child.died())
             self._child.kill()
         spare, self._spare = self._spare, None
         if spare is not None and not spare.alive:
@@ -222,6 +223,10 @@ class ProcessSession(Session):
             spare.last_sign = time.monotonic()
         self._child, self._description, self._is_open = spare or self._spawn(), None, False
         return self._child
+
+    def _note_death(self, child: Child, error: TrainerDiedError) -> None:
+        log.warning("%s", error)
+        self.run_dir.event("killed", pid=child.process.pid, phase=child.phase, **describe(error))
 
     def _started(self) -> dict[str, Any]:
         child = self._take()
@@ -278,7 +283,7 @@ class ProcessSession(Session):
         except BaseException as e:
             # Whatever went wrong, the arrays of that process are not to be trusted: the next call has a new one.
             if isinstance(e, TrainerDiedError):
-                self.run_dir.event("killed", pid=child.process.pid, phase=child.phase, **describe(e))
+                self._note_death(child, e)
             child.kill()
             self._child = None
             raise

@@ -58,19 +58,19 @@ def test_a_process_trains_the_same_bits_as_inline_through_kills_of_it_and_of_its
     session.train_until(2)
     first = session._child.process
     first.kill()
-    with pytest.raises(TrainerDiedError, match="SIGKILL") as died:
-        session.train_until(4)
-    assert died.value.retryable
-    session.train_until(4)
-    assert session._child.process.pid != first.pid
+    first.wait()
+    session.train_until(4)  # it died while nobody waited: replaced without a word to the caller
+    second = session._child.process
+    assert second.pid != first.pid
     session._spare.process.kill()
-    session._child.process.kill()
-    with pytest.raises(TrainerDiedError):
-        session.train_until(6)
+    started.listeners.append(lambda kind, value: second.kill() if kind == "row" else None)
+    with pytest.raises(TrainerDiedError, match="SIGKILL") as died:
+        session.train_until(100_000)  # it dies in the middle of a call
+    assert died.value.retryable
     assert session.train_until(6).step == 6
     assert digests(started.run_dir.path) == reference
-    killed = [e for e in started.run_dir.read_events() if e["event"] == "killed"]
-    assert [e["pid"] for e in killed][:1] == [first.pid]
+    killed = [e["pid"] for e in started.run_dir.read_events() if e["event"] == "killed"]
+    assert killed == [first.pid, second.pid]
 
 
 def test_a_stopped_process_is_found_killed_and_replaced(started, reference, monkeypatch):
