@@ -65,10 +65,16 @@ class RunConfig(Config):
 
     def _check_trainer(self) -> None:
         logger = self.trainer.logger
-        given = {"callbacks": self.trainer.callbacks} | ({"logger.parts": logger.parts, "logger.path": logger.path} if logger else {})
-        for name, value in given.items():
-            if value:
-                raise ValueError(f"trainer.{name} is for TrainerModule.train_model; a run of the pipeline has no use for it: leave it out")
+        if logger and logger.path:
+            raise ValueError(
+                f"trainer.logger.path {logger.path!r} is for TrainerModule.train_model; a run has its run directory: leave it out"
+            )
+        if logger and any(part.kind == "jsonl" for part in logger.parts):
+            raise ValueError("trainer.logger.parts has jsonl, but a run writes metrics.jsonl by itself: leave it out")
+        if any(callback.kind == "checkpoint" for callback in self.trainer.callbacks):
+            raise ValueError(
+                "trainer.callbacks has checkpoint, which is for TrainerModule.train_model; a run has checkpoint.every and chunk_steps"
+            )
 
     def _resolve_trainer(self) -> None:
         given = self.trainer.model_fields_set
@@ -117,6 +123,12 @@ class RunConfig(Config):
                 f"data.batch_size {batch_size} cannot be cut into trainer.gradient_accumulate_steps {micro} equal microbatches; "
                 f"set data.batch_size={fits}"
             )
+
+
+def has_onlookers(config: RunConfig) -> bool:
+    """Whether the trainer has callbacks or loggers that want to be told of the run's end."""
+    logger = config.trainer.logger
+    return bool(config.trainer.callbacks or (logger and logger.parts))
 
 
 def chunk_ends(config: RunConfig) -> list[int]:

@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.context import TagsContext
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from configs.run import RunConfig, chunk_ends
+from configs.run import RunConfig, chunk_ends, has_onlookers
 from tasks.data import prepare_data
 from tasks.evaluate import test, validate
 from tasks.logs import show_in_run
@@ -15,7 +15,7 @@ from tasks.publish import tidy
 from tasks.refs import CheckpointRef, value_of
 from tasks.report import show_tables, write_report
 from tasks.summary import best_commit, has_test, result_of
-from tasks.train import init_model, train_chunk
+from tasks.train import conclude, init_model, train_chunk
 from tasks.uploads import Uploads
 from tasks.writer import Writer, is_trained, writing
 
@@ -53,17 +53,22 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
             if end < ref.step:
                 continue  # done in an earlier life
             if end > ref.step:
-                ref = train_chunk(config, ref, end)
-            if chunk % config.validate_every == 0 or end == config.num_steps:
+                ref = value_of(train_chunk(config, ref, end))
+            if ref.step == end and (chunk % config.validate_every == 0 or end == config.num_steps):
                 validate(config, ref)
             uploads.submit(ref)
             uploads.look()
             tidy(config, writer.run_dir)
             report_progress(writer, ref)
+            if ref.stop:
+                log.info("training ended at step %d: %s", ref.step, ref.stop)
+                break
         writer.stops.check()
         best = best_commit(config, writer.run_dir, ref)
         if has_test(config):
-            test(config, best)
+            test(config, best, ref.step)
+        if has_onlookers(config):
+            conclude(config)
         uploads.finish()
         tidy(config, writer.run_dir)
         write_report(config, data, best)

@@ -10,7 +10,7 @@ from typing import Any
 from configs.load import read_config
 from configs.run import config_digest
 from tasks.summary import has_test
-from tasks.writer import newest_step
+from tasks.writer import early_stop, newest_step
 from trainer import rows
 from trainer.errors import ConfigError, EverstepError
 from trainer.rundir import RunDir
@@ -66,8 +66,10 @@ def facts(path: Path) -> dict[str, Any]:
     config = read_config(path)
     events, metrics = place.read_events(), rows.read(place.metrics)
     newest, running = newest_step(place), is_running(place)
-    trained = newest == config.num_steps
-    tested = any(r["split"] == "test" and r["step"] == config.num_steps for r in metrics) or not has_test(config)
+    ended = early_stop(config, place)
+    total = ended["step"] if ended else config.num_steps
+    trained = newest == total
+    tested = any(r["split"] == "test" and r["step"] == total for r in metrics) or not has_test(config)
     train = [r for r in metrics if r["split"] == "train"]
     last = train[-1] if train else {}
     seconds = last.get("time_step_s")
@@ -80,11 +82,12 @@ def facts(path: Path) -> dict[str, Any]:
         "config_digest": config_digest(config),
         "last_commit": newest,
         "step": step,
-        "total": config.num_steps,
+        "total": total,
+        "early_stop": ended["reason"] if ended else None,
         "lives": sum(e["event"] == "started" for e in events),
         "loss": last.get("loss_mean"),
         "throughput_tokens_per_s": last.get("throughput_tokens_per_s"),
-        "eta_seconds": round(seconds * (config.num_steps - step)) if seconds and running else None,
+        "eta_seconds": round(seconds * (total - step)) if seconds and running else None,
         "published": published,
         "publish_lag_steps": (newest or 0) - max(published, default=0) if config.publish.kind != "none" else None,
         "why_stopped": None if running or (trained and tested) else _why(stopped, place),
@@ -123,6 +126,7 @@ def show_facts(found: dict[str, Any]) -> None:
         "run": os.path.relpath(found["run_dir"]),
         "status": found["status"],
         "step": f"{found['step']} of {found['total']}",
+        "ended early": found["early_stop"],
         "last commit": found["last_commit"],
         "published": f"up to step {found['published'][-1]}" if found["published"] else None,
         "training loss": f"{found['loss']:.4f}" if found["loss"] is not None else None,

@@ -19,9 +19,9 @@ def validate(config: RunConfig, ref: CheckpointRef) -> Report:
 
 
 @task(task_run_name="test[{ref.step}]", **WITH_TRAINER)
-def test(config: RunConfig, ref: CheckpointRef) -> Report:
+def test(config: RunConfig, ref: CheckpointRef, last: int) -> Report:
     """The test row of a run, from the weights of its best commit `ref`; it carries the run's last step."""
-    return _evaluate(ref.step, "test", row=config.num_steps)
+    return _evaluate(ref.step, "test", row=last)
 
 
 def _evaluate(step: int, split: str, *, row: int) -> Any:

@@ -17,6 +17,7 @@ class CheckpointRef(Config):
 
     step: int
     manifest_crc32c: str  # of MANIFEST.json, which names every file with its own
+    stop: str | None = None  # why training ends here, where a callback said so
 
 
 class PublishedRef(Config):

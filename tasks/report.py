@@ -19,7 +19,7 @@ from .artifacts import Artifacts
 from .refs import CheckpointRef, DataRef
 from .retry import WITH_TRAINER
 from .summary import checkpoints, report_mark, result_of, validations
-from .writer import current
+from .writer import current, early_stop
 
 
 def curve(metrics: list[dict[str, Any]], *, title: str, reference: float | None = None) -> bytes:
@@ -92,6 +92,8 @@ def compose(config: RunConfig, run_dir: RunDir, data: DataManifest, sample: str)
     nats = reference * math.log(2) * val.bytes / val.tokens if reference else None
     picture = curve(rows.read(run_dir.metrics), title=f"{config.name}: loss by step", reference=nats)
     lines = [f"# {config.name}", ""]
+    if ended := early_stop(config, run_dir):
+        lines += [f"Training ended at step {ended['step']} of {config.num_steps}: {ended['reason']}.", ""]
     if "bits_per_byte" in last:
         lines += ["| bits per byte | |", "|---|---|"]
         lines += [f"| validation at step {first['step']} | {first['bits_per_byte']:.3f} |"]

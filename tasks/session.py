@@ -1,8 +1,8 @@
 """A session: the trainer, warm across tasks, in a process of its own or inline.
 
-Callers see calls (`start`, `open`, `train_until`, `evaluate`, `sample`) and typed errors. A process that died, hung or failed is
-dropped; the next call finds a fresh one, opened at the newest commit. While a call waits, a stop request is a message to the
-trainer, which finishes its step, commits and answers.
+Callers see calls (`start`, `open`, `train_until`, `evaluate`, `sample`, `conclude`) and typed errors. A process that died,
+hung or failed is dropped; the next call finds a fresh one, opened at the newest commit. While a call waits, a stop request is a
+message to the trainer, which finishes its step, commits and answers.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.run import RunConfig, config_digest
-from trainer.errors import StoppedError, TrainerDiedError, describe, revive
+from trainer.errors import StoppedError, TrainerDiedError, describe, final_status, revive
 from trainer.manifest import Commit
 from trainer.rundir import RunDir
 
@@ -65,7 +65,7 @@ class Session(ABC):
 
     @abstractmethod
     def train_until(self, step: int) -> Commit:
-        """Train to `step` and commit it."""
+        """Train to `step` and commit it; to an earlier one, with the reason, where a callback of the trainer ends training."""
 
     @abstractmethod
     def evaluate(self, step: int, split: str, *, row: int) -> dict[str, Any]:
@@ -74,6 +74,10 @@ class Session(ABC):
     @abstractmethod
     def sample(self, step: int, prompt: str) -> str:
         """A text that begins with `prompt`, by the weights of committed `step`."""
+
+    @abstractmethod
+    def conclude(self) -> None:
+        """Tell the trainer's callbacks and loggers that all is done; they then have all rows."""
 
     @abstractmethod
     def close(self) -> None:
@@ -123,8 +127,7 @@ class InlineSession(Session):
     def evaluate(self, step: int, split: str, *, row: int) -> dict[str, Any]:
         """See Session.evaluate."""
         with self._opened() as run:
-            values = run.evaluate(step, split)
-            return run.record(split, row, values | ({"best_step": step} if split == "test" else {}))
+            return run.evaluate(step, split, row=row)
 
     def sample(self, step: int, prompt: str) -> str:
         """See Session.sample."""
@@ -138,14 +141,19 @@ class InlineSession(Session):
             self.open()
         try:
             yield self._run
-        except BaseException:
-            self.close()
+        except BaseException as e:
+            self.close(final_status(e))
             raise
 
-    def close(self) -> None:
-        """See Session.close."""
+    def conclude(self) -> None:
+        """See Session.conclude."""
+        with self._opened() as run:
+            run.conclude()
+
+    def close(self, status: str = "stopped") -> None:
+        """See Session.close; `status` as callbacks and loggers are told it."""
         if self._run is not None:
-            self._run.close()
+            self._run.close(status)
         self._run = self._trainer = None
 
 
@@ -188,6 +196,10 @@ class ProcessSession(Session):
     def sample(self, step: int, prompt: str) -> str:
         """See Session.sample."""
         return self._call("sample", step=step, prompt=prompt)
+
+    def conclude(self) -> None:
+        """See Session.conclude."""
+        self._call("conclude")
 
     def close(self) -> None:
         """See Session.close."""

@@ -4,7 +4,7 @@ import json
 import logging
 from typing import Any
 
-from configs.run import RunConfig, config_digest
+from configs.run import RunConfig, chunk_ends, config_digest
 from trainer import manifest, rows
 from trainer.errors import RunDirError
 from trainer.retention import best_step
@@ -12,7 +12,7 @@ from trainer.rundir import RunDir
 
 from .refs import CheckpointRef
 from .stores import Store, make_store
-from .writer import is_trained
+from .writer import is_trained, last_step
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,11 @@ def is_finished(config: RunConfig, run_dir: RunDir) -> bool:
             return False
     except OSError:
         return False
-    splits = {r["split"] for r in rows.read(run_dir.metrics) if r["step"] == config.num_steps}
+    last = last_step(config, run_dir)
+    splits = {r["split"] for r in rows.read(run_dir.metrics) if r["step"] == last}
     store = store_of(config, run_dir)
-    return "val" in splits and ("test" in splits or not has_test(config)) and (store is None or config.num_steps in store.published())
+    validated = "val" in splits or last not in chunk_ends(config)
+    return validated and ("test" in splits or not has_test(config)) and (store is None or last in store.published())
 
 
 def report_mark(config: RunConfig) -> str:
@@ -77,13 +79,13 @@ def result_of(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
     """The result of a run in JSON terms, as `train --json` prints it."""
     found = rows.read(run_dir.metrics)
     vals = {r["step"]: rows.values_of(r) for r in found if r["split"] == "val"}
-    steps = manifest.steps_in(run_dir.checkpoints)
+    steps, last = manifest.steps_in(run_dir.checkpoints), last_step(config, run_dir)
     return {
         "run_dir": str(run_dir.path),
-        "status": "done" if steps and steps[-1] == config.num_steps else "unfinished",
+        "status": "done" if steps and steps[-1] == last else "unfinished",
         "step": steps[-1] if steps else None,
         "val": vals[max(vals)] if vals else {},
-        "test": next((rows.values_of(r) for r in found if r["split"] == "test" and r["step"] == config.num_steps), {}),
+        "test": next((rows.values_of(r) for r in found if r["split"] == "test" and r["step"] == last), {}),
         "best_step": best_of(config, run_dir),
         "report": str(run_dir.report),
     }

@@ -15,7 +15,7 @@ from .writer import current
 
 
 def _ref(commit: Commit) -> CheckpointRef:
-    return CheckpointRef(step=commit.step, manifest_crc32c=commit.manifest_crc32c)
+    return CheckpointRef(step=commit.step, manifest_crc32c=commit.manifest_crc32c, stop=commit.stop)
 
 
 @task(task_run_name="init[{config.name}]", **WITH_TRAINER)
@@ -35,5 +35,15 @@ def init_model(config: RunConfig, data: DataRef) -> CheckpointRef:
 
 @task(task_run_name="train[{ref.step}-{end}]", **WITH_TRAINER)
 def train_chunk(config: RunConfig, ref: CheckpointRef, end: int) -> CheckpointRef:
-    """Train from `ref` to step `end` and commit. Killed at any moment and called again, it goes on from the newest commit."""
-    return _ref(current().session.train_until(end))
+    """Train from `ref` to step `end` and commit; less far where a callback ends training, which the ref then says.
+
+    Killed at any moment and called again, it goes on from the newest commit.
+    """
+    reached = _ref(current().session.train_until(end))
+    return already_done(reached, f"training ended at step {ref.step}: {reached.stop}") if reached.step == ref.step else reached
+
+
+@task(task_run_name="conclude[{config.name}]", **WITH_TRAINER)
+def conclude(config: RunConfig) -> None:
+    """Tell the trainer's callbacks that all is done, and see that its loggers have every row."""
+    current().session.conclude()

@@ -36,8 +36,8 @@ class Uploads:
                 self.submit(commit_of(run_dir, step))
 
     def submit(self, ref: CheckpointRef) -> None:
-        """Begin to publish a commit."""
-        if self._store is not None:
+        """Begin to publish a commit, unless that is under way."""
+        if self._store is not None and ref.step not in self._flying:
             future = publish_checkpoint.submit(self._config, ref, self._data, str(self._writer.run_dir.path))
             self._flying[ref.step] = cast(Any, future)
 

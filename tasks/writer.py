@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import read_config, to_json
-from configs.run import RunConfig, resume_conflicts
+from configs.run import RunConfig, config_digest, resume_conflicts
 from trainer.errors import ConfigError, RunDirError, describe
 from trainer.files import write_atomic
 from trainer.manifest import NAME, name_of, newest_whole, steps_in
-from trainer.rundir import RunDir, WriterLock
+from trainer.rundir import EARLY_STOP, RunDir, WriterLock
 
 from .artifacts import Artifacts
 from .session import Session, make_session
@@ -114,7 +114,20 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
 def is_trained(config: RunConfig, place: RunDir) -> bool:
     """Whether the run's last step is committed, and whole."""
     newest = newest_whole(place.checkpoints)
-    return newest is not None and newest.step == config.num_steps
+    return newest is not None and newest.step == last_step(config, place)
+
+
+def last_step(config: RunConfig, place: RunDir) -> int:
+    """The step at which the run's training ends: `num_steps`, or the newest commit where a callback said that it is enough."""
+    ended = early_stop(config, place)
+    return ended["step"] if ended else config.num_steps
+
+
+def early_stop(config: RunConfig, place: RunDir) -> dict[str, Any] | None:
+    """The event by which a callback ended training at the newest commit, if one did: `step` and `reason`."""
+    found: dict[str, Any] = next((e for e in reversed(place.read_events()) if e["event"] == EARLY_STOP), {})
+    stands = found.get("config_digest") == config_digest(config) and found.get("step") == newest_step(place)
+    return found if found and stands else None
 
 
 def note_stop(place: RunDir, reason: str) -> None:

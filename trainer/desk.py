@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from . import metrics, rows
-from .callbacks.base import Answer, Moment
+from .callbacks.base import Answer, Callback, Moment
 from .callbacks.checkpointing import CheckpointCallbackConfig
 from .errors import ConfigError
 from .feed import Feed
@@ -59,15 +59,17 @@ class Desk:
         self.pieces: Pieces = Pieces(None)
         self.feed: Feed | None = None
         self.stop_reason: str | None = None
+        self.facts: dict[str, Any] = {}  # what the surroundings know of the training beside what the trainer does
         self.val_rows: list[tuple[int, dict[str, Any]]] = []  # of this object's validations
+        self._info: dict[str, Any] = {}
         self._save_asked = False
         self._store: Checkpoints | None = None
         self._placed: list[int] = []  # ids of loaders that were put to their places
         self._saved: int | None = None
 
     def begin(self, loaders: Mapping[str, Any]) -> None:
-        """Start a `train_model` call: nothing of an earlier one is in the way."""
-        self.stop_reason, self._save_asked = None, False
+        """Start a `train_model` call."""
+        self.forget()
         from .restore import write_hyperparameters
 
         self._loaders = loaders
@@ -77,6 +79,10 @@ class Desk:
         if self.saves:
             write_hyperparameters(self._trainer)
 
+    def forget(self) -> None:
+        """Nothing that callbacks asked for in an earlier training is in the way."""
+        self.stop_reason, self._save_asked = None, False
+
     def reset_windows(self) -> None:
         """Windows that hold no step."""
         self.window = self._trainer.init_train_metrics()
@@ -84,20 +90,28 @@ class Desk:
 
     def start(self, info: Mapping[str, Any]) -> None:
         """Tell loggers and callbacks the facts of the training to come."""
-        self._info = dict(info)
+        self._info = {**info, **self.facts}
         for logger in self._trainer.loggers:
             logger.start(self._trainer.global_step, self._info)
 
     def tell(self, hook: str, values: dict[str, Any] | None = None, *, epoch: int = 0, step: int | None = None) -> None:
-        """Tell all callbacks of a moment; what they add goes into `values`, what else they want is noted."""
+        """Tell all callbacks of a moment; what they add goes into `values`, what else they want is noted.
+
+        Raises ConfigError where one asks for a stop or a commit at a step that may be in flight: how late that is seen depends on
+        where chunks end, and with it the step at which it would be obeyed.
+        """
         t = self._trainer
         if not t.callbacks:
             return
+        at = t.global_step if step is None else step
         for callback in t.callbacks:
-            moment = Moment(t.global_step if step is None else step, epoch, t.state, dict(values or {}), getattr(self, "_info", {}))
-            answer: Answer = getattr(callback, hook)(moment)
+            state = t.state if at == t.global_step and hook != "on_row" else None
+            answer: Answer = getattr(callback, hook)(Moment(at, epoch, state, dict(values or {}), self._info))
             if values is not None:
                 values.update(answer.values)
+            if (answer.stop or answer.save) and not _may_decide(callback, hook, at):
+                way_out = "say `decides_on_rows = True`" if hook == "on_row" else "name the step in `wants`"
+                raise ConfigError(f"{type(callback).__name__} asked for a stop or a commit in {hook} at step {at} unannounced; {way_out}")
             self.stop_reason = self.stop_reason or answer.stop
             self._save_asked = self._save_asked or answer.save
 
@@ -114,9 +128,19 @@ class Desk:
         for logger in self._trainer.loggers:
             logger.row(split, step, values)
 
-    def wants(self, step: int) -> bool:
-        """Whether somebody waits for this step to be finished."""
-        return bool(self.stop_reason or self._save_asked) or any(callback.wants(step) for callback in self._trainer.callbacks)
+    def wants(self, step: int, *, row: bool) -> bool:
+        """Whether somebody waits for this step to be finished; `row`: a row ends with it."""
+        return any(callback.wants(step) or (row and callback.decides_on_rows) for callback in self._trainer.callbacks)
+
+    def averages(self) -> Iterator[Any]:
+        """The parameters that callbacks want evaluated beside the state's own."""
+        found = (callback.evaluation_params(self._trainer.state) for callback in self._trainer.callbacks)
+        return (params for params in found if params is not None)
+
+    def take_save(self) -> bool:
+        """Whether a commit was asked for since this was last called."""
+        asked, self._save_asked = self._save_asked, False
+        return asked
 
     # Checkpoints of train_model, where there is a place for them and a callback that asks.
 
@@ -158,10 +182,15 @@ class Desk:
         states = {str(i): callback.get_state() for i, callback in enumerate(self._trainer.callbacks)}
         return {k: v for k, v in states.items() if v is not None}
 
+    def restore_extra(self, extra: Mapping[str, Any]) -> None:
+        """Give the callbacks their states back; one that has none begins anew."""
+        for i, callback in enumerate(self._trainer.callbacks):
+            callback.set_state(extra.get(str(i)))
+
     def save_if_wanted(self, *, last: bool) -> None:
         """Commit a checkpoint of the finished step where one is asked for, or at the end; then remove what nothing keeps."""
         t = self._trainer
-        asked, self._save_asked = self._save_asked or last, False
+        asked = self.take_save() or last
         if not self.saves or not asked or self._saved == t.global_step:
             return
         self.store.save(t.state, jax.device_put(self.windows()), self._meta(), self.extra())
@@ -216,3 +245,10 @@ class Desk:
         if self._store is not None:
             self._store.close()
             self._store = None
+
+
+def _may_decide(callback: Callback, hook: str, step: int) -> bool:
+    """Whether the step of a moment is finished in every life when `callback` is told of it."""
+    if hook == "on_row":
+        return callback.decides_on_rows
+    return hook != "on_training_step" or callback.wants(step)

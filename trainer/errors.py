@@ -81,6 +81,11 @@ def of_the_system(error: BaseException, place: object) -> BaseException:
     return made
 
 
+def final_status(error: BaseException) -> str:
+    """What callbacks and loggers are told at the end of a life that ended so."""
+    return "nan" if isinstance(error, DivergedError) else "stopped" if isinstance(error, StoppedError) else "error"
+
+
 def describe(error: BaseException) -> dict:
     """`error` in JSON terms, to cross a process border: class name, message, whether to retry, and its step if it has one."""
     return {

@@ -128,7 +128,7 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
         until=plan.total,
         empty=trainer.empty_window,
         closes=plan.closes,
-        pause=lambda step: plan.looks_up(step) or desk.wants(step),
+        pause=lambda step: plan.looks_up(step) or desk.wants(step, row=plan.logs(step)),
     )
     for record in records:
         trainer.state, desk.window, trainer.global_step, trainer.first_step = record.state, record.window, record.step, False
@@ -166,10 +166,7 @@ def look_up(trainer: "TrainerModule", plan: Plan, step: int, val_loader: Any) ->
 def validate_averages(trainer: "TrainerModule", loader: Any) -> None:
     """The row `val_ema`, where a callback has averaged parameters to validate with and the loaders can be read once more."""
     loaders = loader.values() if isinstance(loader, Mapping) else [loader]
-    for callback in trainer.callbacks:
-        averaged = callback.evaluation_params(trainer.state)
-        if averaged is None:
-            continue
+    for averaged in trainer.desk.averages():
         if any(iter(one) is one for one in loaders):
             log.warning("there is no val_ema row: the validation loader is an iterator that can be used once")
             continue

@@ -21,6 +21,7 @@ class Commit:
 
     step: int
     manifest_crc32c: str
+    stop: str | None = None  # why training ends here, where a callback said so
 
 
 def name_of(step: int) -> str:

@@ -60,13 +60,13 @@ class TrainerModule:
         self.model = self.build_model(model_config)
         self.optimizer = self.init_optimizer(optimizer_config)
         self.dataset: Any = None
+        self.folder: Path | None = None  # the run directory, in the pipeline
         self.global_step = 0
         self.first_step = True  # no step was dispatched by this object yet
         self._state: TrainState | None = None
         self._train_metric_shapes: Any = None
         self._eval_metric_shapes: Any = None
         self.loggers: list[Any] = []
-        self.callbacks: list[Callback] = []
         self.init_callbacks(trainer_config.callbacks)
         self.desk = Desk(self)
         self.create_jitted_functions()
@@ -102,7 +102,7 @@ class TrainerModule:
 
     def init_callbacks(self, callback_configs: Iterable[Any]) -> None:
         """Make the callbacks of their configs; they are told of everything in this order."""
-        self.callbacks = [config.build() for config in callback_configs]
+        self.callbacks: list[Callback] = [config.build() for config in callback_configs]
 
     def get_metric_postprocess_fn(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """What is done with host values before anybody sees them. By default nothing; an objective may have its own."""
@@ -243,9 +243,9 @@ class TrainerModule:
 
     @property
     def log_dir(self) -> Path | None:
-        """Where loggers and checkpoints of `train_model` are kept; None: nowhere."""
-        c = self.trainer_config.logger
-        return Path(c.path).expanduser().absolute() if c is not None and c.path else None
+        """Where loggers keep their files and `train_model` its checkpoints: the run directory, or `logger.path`; None: nowhere."""
+        path = self.trainer_config.logger and self.trainer_config.logger.path
+        return self.folder or (Path(path).expanduser().absolute() if path else None)
 
     # Training.
 
@@ -354,11 +354,11 @@ class TrainerModule:
 
     def on_validation_epoch_start(self, epoch_idx: int, step_idx: int) -> None:
         """A validation begins."""
-        self.desk.tell("on_validation_epoch_start", epoch=epoch_idx)
+        self.desk.tell("on_validation_epoch_start", epoch=epoch_idx, step=step_idx)
 
     def on_validation_epoch_end(self, eval_metrics: dict[str, Any], epoch_idx: int, step_idx: int) -> None:
         """A validation ended with these values."""
-        self.desk.tell("on_validation_epoch_end", eval_metrics, epoch=epoch_idx)
+        self.desk.tell("on_validation_epoch_end", eval_metrics, epoch=epoch_idx, step=step_idx)
 
     def on_test_epoch_start(self, epoch_idx: int) -> None:
         """A test begins."""

@@ -36,6 +36,11 @@ def find(path: Path, split: str, step: int) -> dict[str, Any] | None:
     return next((values_of(r) for r in read(path) if r["split"] == split and r["step"] == step), None)
 
 
+def as_recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as a row holds them: what is not finite becomes null, for JSON has no NaN, and a hole should be seen."""
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+
+
 class Rows:
     """The writer of metrics.jsonl; one at a time."""
 
@@ -43,9 +48,8 @@ class Rows:
         self.path = path
 
     def append(self, split: str, step: int, values: Mapping[str, float]) -> None:
-        """Add a row. Values that are not finite become null: JSON has no NaN, and a hole should be seen."""
-        plain = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        line = json.dumps({"step": step, "split": split, **plain}) + "\n"
+        """Add a row, its values as `as_recorded` gives them."""
+        line = json.dumps({"step": step, "split": split, **as_recorded(values)}) + "\n"
         with open(self.path, "ab") as f:
             f.write(line.encode())
 

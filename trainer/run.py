@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from .checkpoint import Checkpoints
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
 from .errors import CheckpointError, ConfigError, DataError, StoppedError
 from .fingerprint import differences, fingerprint
+from .follow import followers
 from .generate import generate
 from .manifest import Commit, name_of
 from .module import TrainerModule
 from .restore import weights_at
-from .rows import Rows, find, read
-from .rundir import RunDir
+from .rows import Rows, as_recorded, find, read
+from .rundir import EARLY_STOP, RunDir
 
 log = logging.getLogger(__name__)
+
+EPOCH = 1  # a run of the pipeline counts steps, not epochs
 
 
 class Run:
@@ -48,6 +52,7 @@ class Run:
         require_exact: bool = False,
     ):
         self.config, self.trainer, self.run_dir, self.data = config, trainer, run_dir, data
+        self.desk = trainer.desk
         self.should_stop, self.on_step, self.on_row, self.require_exact = should_stop, on_step, on_row, require_exact
         self.manifest: DataManifest = load_manifest(data)
         self._check_data()
@@ -56,40 +61,52 @@ class Run:
         self.store = Checkpoints(run_dir.path)
         self.fingerprint = fingerprint(trainer.mesh)
         self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else config.num_steps
-        self.step = -1  # of the state in memory; -1: none yet
         self.window: Any = None
+        self._committed = -1
+        self._told_of_start = self._told_of_end = False
         self._last_row = (0, time.monotonic())
+
+    @property
+    def step(self) -> int:
+        """Of the state in memory; -1: none yet."""
+        return self.trainer.global_step
 
     def open(self) -> Commit:
         """The newest commit, restored; where there is none, step 0 is made and committed. Later rows are cut."""
+        self.trainer.init_callbacks(self.config.trainer.callbacks)
+        self.desk.forget()
         newest = self.store.newest_whole()
         if newest is None:
             self._refuse_to_forget()
-            return self._begin()
-        self._restore(newest)
-        return Commit(newest, manifest.own_crc(self.store.root / name_of(newest)))
+            commit = self._begin()
+        else:
+            self._restore(newest)
+            commit = self._commit_of(newest)
+        self._tell_of_the_start()
+        return replace(commit, stop=self.desk.stop_reason)
 
     def train_until(self, step: int) -> Commit:
-        """Train to `step` and commit it; returns at once where that is done already.
+        """Train to `step` and commit it; returns at once where that is done already, and earlier where a callback ends training.
 
         Raises StoppedError once a stop was asked for, after a commit of the step then reached.
         """
         if step in self.store.steps() and step <= self.step:
-            return Commit(step, manifest.own_crc(self.store.root / name_of(step)))
+            return self._commit_of(step)
         if step < self.step:
             raise CheckpointError(
                 f"step {step} has no checkpoint any more, and the run is at {self.step}; roll back to an earlier one first"
             )
-        every = self.config.checkpoint.every
-        stopping = False
-
-        def pause(at: int) -> bool:
-            nonlocal stopping
-            stopping = stopping or self.should_stop()
-            return stopping or bool(every and at % every == 0)
-
+        if self.desk.stop_reason:
+            return self._ended(self._commit_of(self.step))
         if self.should_stop():
             raise StoppedError(f"stopped at step {self.step}, which is committed; go on with `everstep resume`", step=self.step)
+        every, stopping = self.config.checkpoint.every, False
+
+        def wants_commit(at: int) -> bool:
+            nonlocal stopping
+            stopping = stopping or self.should_stop()
+            return stopping or at == step or bool(every and at % every == 0)
+
         self._last_row = (self.step, time.monotonic())
         for record in loop.train(
             self.trainer.train_step,
@@ -99,27 +116,37 @@ class Run:
             start=self.step,
             until=step,
             empty=self.trainer.empty_window,
-            closes=lambda at: at % self.log_every == 0 or at == self.config.num_steps,
-            pause=pause,
+            closes=self._closes,
+            pause=lambda at: wants_commit(at) or self.desk.wants(at, row=self._closes(at)),
         ):
-            self.trainer.state, self.window, self.step = record.state, record.window, record.step
-            self.on_step(record.step)
-            for at, window in record.closed:
-                self._write_row(at, metrics.compute(window))
-            if record.settled:
+            self._take(record)
+            if record.settled and (self.desk.take_save() or self.desk.stop_reason or wants_commit(record.step)):
                 commit = self._commit()
+                if self.desk.stop_reason:
+                    return self._ended(commit)
                 if stopping and record.step < step:
                     raise StoppedError(f"stopped at step {record.step}, which is committed; go on with `everstep resume`", step=record.step)
         return commit
 
-    def evaluate(self, step: int, split: str) -> dict[str, Any]:
-        """Values of `split` with the weights of committed step `step`, written as a row."""
+    def evaluate(self, step: int, split: str, *, row: int | None = None) -> dict[str, Any]:
+        """Values of `split` with the weights of committed step `step`, written as the row of step `row` (None: `step`), once.
+
+        A row that stands already is returned as it is. What callbacks evaluate beside the weights comes before, as `<split>_ema`.
+        """
+        at = step if row is None else row
+        if there := find(self.run_dir.metrics, split, at):
+            return there
         began = time.monotonic()
-        weights = self._weights_of(step)
-        size = self.config.data.eval_batch_size or self.config.data.batch_size
-        values: dict[str, Any] = self.trainer.run_evaluation(weights, eval_batches(self.data, self.manifest, split, batch_size=size))
-        values = add_bits_per_byte(values, self.manifest, split)
-        return values | {"time_evaluate_s": round(time.monotonic() - began, 3)}
+        self._tell_of_evaluation(split, step)
+        values = self._values_of(self._weights_of(step), split)
+        values |= {"time_evaluate_s": round(time.monotonic() - began, 3)} | ({"best_step": step} if split == "test" else {})
+        if split == "val" and step == self.step:
+            for averaged in self.desk.averages():
+                self._record("val_ema", at, self._values_of((averaged, self.trainer.state.mutable), split))
+        values = as_recorded(values)
+        self._tell_of_evaluation(split, step, values)
+        self._record(split, at, values)
+        return find(self.run_dir.metrics, split, at) or values
 
     def sample(self, step: int, prompt: str, *, max_tokens: int = 120, temperature: float = 0.8, seed: int = 0) -> str:
         """`prompt` and what the weights of committed step `step` make of it."""
@@ -138,17 +165,18 @@ class Run:
         )
         return tokenizer.decode([*tokens, *more])
 
-    def record(self, split: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Write an evaluation's row, once: a row that stands already is returned instead."""
-        if there := find(self.run_dir.metrics, split, step):
-            return there
-        self.rows.append(split, step, values)
-        self.rows.sync()
-        self.on_row(split, step, values)
-        return find(self.run_dir.metrics, split, step) or values
+    def conclude(self) -> None:
+        """The end of all: callbacks and loggers are told. Weights may still be asked for."""
+        if self._told_of_start:
+            self._tell_of_the_end()
+            self._told_of_start = False
+            self.desk.finalize("success")
 
-    def close(self) -> None:
-        """Let go of the checkpoints; nothing that is not committed becomes so."""
+    def close(self, status: str = "stopped") -> None:
+        """Tell callbacks and loggers how this life ended, and let go of the checkpoints; nothing uncommitted becomes committed."""
+        if self._told_of_start:
+            self._told_of_start = False
+            self.desk.finalize(status)
         self.store.close()
 
     def _refuse_to_forget(self) -> None:
@@ -163,7 +191,7 @@ class Run:
     def _begin(self) -> Commit:
         self.rows.cut(-1)
         self.trainer.init_model()
-        self.window, self.step = self.trainer.init_train_metrics(), 0
+        self.window = self.trainer.init_train_metrics()
         self.loader.set_state({"next_index": 0})
         return self._commit()
 
@@ -177,7 +205,9 @@ class Run:
                 "bring the old text back, or start another run"
             )
         self._compare_environment(meta["fingerprint"], step)
-        self.trainer.state, self.window, self.step = found.state, found.window, step
+        self.trainer.state, self.trainer.global_step, self.window = found.state, step, found.window
+        self._committed, self.desk.stop_reason = step, meta.get("stop")
+        self.desk.restore_extra(found.extra)
         self.loader.set_state(meta["loader"]["train"])
         self.rows.cut(step)
         self.run_dir.event("restored", step=step, seconds=round(time.monotonic() - began, 3))
@@ -197,12 +227,26 @@ class Run:
     def _commit(self) -> Commit:
         began = time.monotonic()
         self.rows.sync()
-        self.store.save(self.trainer.state, self.window, self._meta())
+        self.store.save(self.trainer.state, self.window, self._meta(), self.desk.extra())
         commit = self.store.finish()
+        self._committed = commit.step
         seconds = time.monotonic() - began
         self.run_dir.event("committed", step=commit.step, seconds=round(seconds, 3))
         log.info("committed step %d in %.2f s", commit.step, seconds)
+        self._feed_loggers()
         return commit
+
+    def _commit_of(self, step: int) -> Commit:
+        return Commit(step, manifest.own_crc(self.store.root / name_of(step)))
+
+    def _ended(self, commit: Commit) -> Commit:
+        """The commit at which a callback ended training, with the reason, which is told once."""
+        reason = self.desk.stop_reason
+        told = {"step": commit.step, "reason": reason, "config_digest": self.config.config_digest}
+        if not any(e["event"] == EARLY_STOP and told.items() <= e.items() for e in self.run_dir.read_events()):
+            self.run_dir.event(EARLY_STOP, **told)
+            log.info("training ends at step %d: %s", commit.step, reason)
+        return replace(commit, stop=reason)
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -210,7 +254,64 @@ class Run:
             "config_digest": self.config.config_digest,
             "data_digest": self.manifest.digest,
             "fingerprint": self.fingerprint,
+            "stop": self.desk.stop_reason,
         }
+
+    def _closes(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == self.config.num_steps
+
+    def _take(self, record: loop.Record) -> None:
+        """Make a step the newest: its state, and the rows that turned out complete with it."""
+        t = self.trainer
+        t.state, self.window, t.global_step, t.first_step = record.state, record.window, record.step, False
+        for at, window in record.closed:
+            self._write_row(at, window)
+        self.desk.tell("on_training_step", epoch=EPOCH)
+        self.on_step(record.step)
+
+    def _tell_of_the_start(self) -> None:
+        """Begin with loggers and callbacks; what the newest validation made callbacks decide is no part of the commit before it."""
+        t = self.trainer
+        t.folder = self.run_dir.path
+        t.init_logger(self.config.trainer.logger)
+        t.loggers = followers(t.loggers, self.run_dir)
+        self.desk.facts = {"eval_metrics": self._eval_names()}
+        t.log_training_info(None, self.config.num_steps, None, self.loader, None, None)
+        t.on_training_start()
+        self._told_of_start = True
+        if row := find(self.run_dir.metrics, "val", self.step):
+            self._tell_of_evaluation("val", self.step, row)
+
+    def _tell_of_the_end(self) -> None:
+        if not self._told_of_end:
+            self._told_of_end = True
+            self.trainer.on_training_end()
+
+    def _tell_of_evaluation(self, split: str, step: int, values: dict[str, Any] | None = None) -> None:
+        """Its start or, with `values`, its end, which may add to them."""
+        t = self.trainer
+        if split == "val":
+            t.on_validation_epoch_start(EPOCH, step) if values is None else t.on_validation_epoch_end(values, EPOCH, step)
+        elif split == "test":
+            self._tell_of_the_end()
+            t.on_test_epoch_start(EPOCH) if values is None else t.on_test_epoch_end(values, EPOCH)
+
+    def _values_of(self, weights: tuple[Any, dict[str, Any]], split: str) -> dict[str, Any]:
+        size = self.config.data.eval_batch_size or self.config.data.batch_size
+        values = self.trainer.run_evaluation(weights, eval_batches(self.data, self.manifest, split, batch_size=size))
+        return add_bits_per_byte(values, self.manifest, split)
+
+    def _record(self, split: str, step: int, values: dict[str, Any]) -> None:
+        """Write the row of an evaluation, unless it stands."""
+        if find(self.run_dir.metrics, split, step) is None:
+            self.rows.append(split, step, values)
+            self.rows.sync()
+            self.on_row(split, step, values)
+            self._feed_loggers()
+
+    def _feed_loggers(self) -> None:
+        for logger in self.trainer.loggers:
+            logger.give(self._committed)
 
     def _weights_of(self, step: int) -> tuple[Any, dict[str, Any]]:
         if step == self.step:
@@ -221,7 +322,9 @@ class Run:
         for batch in self.loader:
             yield self.trainer.put(batch)
 
-    def _write_row(self, step: int, values: dict[str, float]) -> None:
+    def _write_row(self, step: int, window: Any) -> None:
+        values: dict[str, Any] = self.trainer.get_metric_postprocess_fn()(metrics.compute(window))
+        self.desk.tell("on_row", values, epoch=EPOCH, step=step)
         before, then = self._last_row
         now = time.monotonic()
         self._last_row = (step, now)
@@ -245,9 +348,11 @@ class Run:
                 f"the data has rows of {self.manifest.seq_len} tokens, but data.seq_len is {self.config.data.seq_len}; prepare it again"
             )
         monitor = self.config.checkpoint.monitor
-        names = [*self.trainer.eval_metrics(), "perplexity", "bits_per_byte"]
-        if monitor not in names:
+        if monitor not in (names := self._eval_names()):
             raise ConfigError(f"checkpoint.monitor {monitor!r} is no value of an evaluation; choose one of {', '.join(names)}")
+
+    def _eval_names(self) -> list[str]:
+        return [*self.trainer.eval_metrics(), "perplexity", "bits_per_byte"]
 
 
 def add_bits_per_byte(values: dict[str, Any], manifest: DataManifest, split: str) -> dict[str, Any]:

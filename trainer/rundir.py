@@ -14,6 +14,8 @@ from typing import Any
 
 from .errors import RunDirError
 
+EARLY_STOP = "early_stop"  # the event of a run whose training a callback ended before num_steps: step, reason, config_digest
+
 
 class RunDir:
     """Paths in a run directory. Making one touches nothing; nothing inside points to itself by an absolute path."""

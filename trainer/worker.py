@@ -1,6 +1,6 @@
 """The trainer process: obeys a pipe, trains in its main thread, and dies with its parent.
 
-Messages are JSON over one socket. Requests: `start`, `open`, `train_until`, `evaluate`, `sample`, answered in order by `ok` or
+Messages are JSON over one socket. Requests: `start`, `open`, `train_until`, `evaluate`, `sample`, `conclude`, answered in order by `ok` or
 `error`; `stop` is obeyed at once, in the middle of a chunk. Between answers it tells its log records, rows and progress.
 It ignores SIGTERM and SIGINT: whoever is to stop it says so through the pipe.
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 BEAT = 1.0  # seconds between signs of life
+FAREWELL = 5.0  # seconds for callbacks and loggers at the end of a life that failed or was stopped
 EXIT_ORPHANED = 3
 
 
@@ -100,10 +101,20 @@ class Worker:
                 answer = getattr(self, f"do_{kind}")(**value)
             except BaseException as e:
                 logging.getLogger("trainer").debug("request %s failed", kind, exc_info=e)
+                self.tell_of_the_end(e)
                 self.pipe.send("error", describe(of_the_system(e, self.run_dir)))
             else:
                 self.pipe.send("ok", answer)
             self.phase = "idle"
+
+    def tell_of_the_end(self, error: BaseException) -> None:
+        """Let callbacks and loggers know how this life ended, as far as they manage in their time: it ends with the answer."""
+        from .errors import final_status
+
+        if self.run is not None:
+            job = threading.Thread(target=self.run.close, args=(final_status(error),), daemon=True)
+            job.start()
+            job.join(FAREWELL)
 
     def do_start(self, config: dict[str, Any], run_dir: str, numerics: str, require_exact: bool) -> dict[str, Any]:
         """Assemble the trainer and say on which devices; refuses what does not fit them."""
@@ -146,13 +157,17 @@ class Worker:
     def do_evaluate(self, step: int, split: str, row: int) -> dict[str, Any]:
         """Evaluate committed step `step` and write the values as the row of step `row`."""
         self.phase = "evaluate"
-        values = self.run.evaluate(step, split)
-        return self.run.record(split, row, values | ({"best_step": step} if split == "test" else {}))
+        return self.run.evaluate(step, split, row=row)
 
     def do_sample(self, step: int, prompt: str) -> str:
         """A text that begins with `prompt`."""
         self.phase = "sample"
         return self.run.sample(step, prompt)
+
+    def do_conclude(self) -> None:
+        """Tell callbacks and loggers that all is done."""
+        self.phase = "conclude"
+        self.run.conclude()
 
     def _at(self, step: int) -> None:
         self.step = step

@@ -154,7 +154,7 @@ def test_more_steps_are_a_conflict_exactly_where_the_schedule_follows_them():
     assert decay.startswith(f"{DECAY}: 100 -> 200") and f"set {DECAY}=100" in decay and "fork" in decay
 
 
-ONLY_TRAIN_MODEL = [{"callbacks": [{"kind": "ema"}]}, {"logger": {"parts": [{"kind": "csv"}]}}, {"logger": {"path": "x"}}]
+ONLY_TRAIN_MODEL = [{"callbacks": [{"kind": "checkpoint"}]}, {"logger": {"path": "x"}}]
 
 
 @pytest.mark.parametrize("trainer", ONLY_TRAIN_MODEL)

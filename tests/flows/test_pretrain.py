@@ -166,3 +166,39 @@ def test_a_diverged_loss_fails_the_flow_once_with_its_type_and_the_step(micro, t
     assert diverged.value.step == 1
     (failed,) = [e for e in read_dir(tmp_path / "run").read_events() if e["event"] == "failed"]
     assert failed["type"] == "DivergedError" and failed["step"] == 1
+
+
+def test_a_run_that_a_callback_ends_early_is_done_there_and_called_again_stays_so(micro, tmp_path):
+    from flows.show import facts
+
+    early = "trainer.callbacks=[{kind: early_stopping, monitor: loss, patience: 1, min_delta: 100.0}, {kind: ema}]"
+    config, path = micro("name=early", early, "trainer.logger.parts=[{kind: csv}]"), tmp_path / "run"
+    result = run(config, path)
+    splits = [(r["split"], r["step"]) for r in rows.read(path / "metrics.jsonl")]
+    assert splits == [("val", 0), ("train", 3), ("val_ema", 4), ("val", 4), ("test", 4)]
+    assert (result["status"], result["step"]) == ("done", 4) and "loss" in result["test"]
+    found = facts(path)
+    assert found["status"] == "done" and "was not better" in found["early_stop"] and found["total"] == 4
+    assert "Training ended at step 4 of 6" in (path / "report.md").read_text()
+    assert (path / "metrics-test.csv").exists(), "the logger has the last row too"
+    assert is_finished(config, read_dir(path))
+    with writing(config, path) as writer:
+        writer.session.evaluate = None  # whoever calls it fails
+        assert run(config, path) == result
+    assert [(r["split"], r["step"]) for r in rows.read(path / "metrics.jsonl")] == splits
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("trainer.callbacks=[{kind: checkpoint}]", "checkpoint.every"),
+        ("trainer.logger.parts=[{kind: jsonl}]", "by itself"),
+        ("trainer.logger.path=logs", "run directory"),
+        ("trainer.callbacks=[{kind: early_stopping, monitor: loss, patience: 0}]", "patience"),
+    ],
+)
+def test_onlookers_that_a_run_has_no_use_for_are_refused_when_its_config_is_read(micro, override, word):
+    from trainer.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=word):
+        micro(override)

@@ -4,50 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from tasks.preparation import prepare
 from tasks.session import training_config
+from tests.trainer.lives import digests, stable_rows
 from trainer import manifest, rows
 from trainer.assemble import TrainingConfig, assemble
-from trainer.checkpoint import verify
 from trainer.errors import CheckpointError, ConfigError, DataError, StoppedError
-from trainer.run import Run, add_bits_per_byte
+from trainer.run import add_bits_per_byte
 from trainer.rundir import RunDir
-
-
-@pytest.fixture(scope="module")
-def trainers():
-    return {}
-
-
-@pytest.fixture
-def life(micro, trainers):
-    """`life(directory, *overrides)`: a new life of a run there, as a process that has just started would have it."""
-
-    def begin(path, *overrides, **kwargs):
-        config = micro(*overrides)
-        training = TrainingConfig.model_validate(training_config(config))
-        # The compiled functions are shared between lives, as the compilation cache would; the state is not.
-        trainer = trainers.setdefault(training, None) or assemble(training)
-        trainers[training] = trainer
-        trainer.state = None
-        path.mkdir(exist_ok=True)
-        return Run(training, trainer, RunDir(path), _data(config), **kwargs)
-
-    return begin
-
-
-def _data(config):
-    from pathlib import Path
-
-    return Path(prepare(config.data).path)
-
-
-def digests(path):
-    return {row["step"]: row["state_sha256"] for row in verify(path) if row["ok"]}
-
-
-def stable_rows(path):
-    return {(r["split"], r["step"]): rows.stable(rows.values_of(r)) for r in rows.read(path / "metrics.jsonl")}
 
 
 @pytest.fixture
@@ -57,7 +20,7 @@ def whole(life, tmp_path):
     assert run.open().step == 0
     for step in (2, 4, 6):
         run.train_until(step)
-        run.record("val", step, run.evaluate(step, "val"))
+        run.evaluate(step, "val")
     run.close()
     return tmp_path / "whole"
 
@@ -71,7 +34,7 @@ def test_a_run_of_many_lives_has_the_state_and_rows_of_a_run_of_one(life, whole,
         run = life(place)  # whatever was in memory is gone
         run.open()
         run.train_until(step)
-        run.record("val", step, run.evaluate(step, "val"))
+        run.evaluate(step, "val")
     run.close()
     assert digests(place) == digests(whole)
     assert stable_rows(place) == stable_rows(whole)
@@ -137,7 +100,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_trained_again_to_the_same_
     run = life(whole)
     assert run.open().step == 4
     run.train_until(6)
-    run.record("val", 6, run.evaluate(6, "val"))
+    run.evaluate(6, "val")
     run.close()
     assert digests(whole) == before and stable_rows(whole) == table
     assert (whole / "damaged" / "6-1").is_dir()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Moment:
     """What is known at a moment of training. `state` is valid during the call only: the next step may reuse its buffers.
+    With a row there is none, for it may be seen a step late.
 
     `info` may hold `run_dir` (a path; where there is a run directory) and `eval_metrics` (names of the values of a validation),
     with which a callback finds its place and notices a misspelt name before the first step; it must do without them too.
@@ -41,14 +42,20 @@ class Answer:
 
     values: Mapping[str, Any] = field(default_factory=dict)  # to be added to the row
     stop: str | None = None  # the reason to end training after this step
-    save: bool = False  # commit a checkpoint at this step
+    save: bool = False  # commit a checkpoint at this step; in the pipeline one more than `checkpoint` says
 
 
 NOTHING = Answer()
 
 
 class Callback:
-    """Every method does nothing; a callback overrides those of the moments it cares about."""
+    """Every method does nothing; a callback overrides those of the moments it cares about.
+
+    What stops training, or asks for a commit, must do so at a step that is finished in every life: one that `wants` names, one
+    that a row ends with where `decides_on_rows` is set, or an end of a validation or epoch.
+    """
+
+    decides_on_rows = False  # `on_row` may answer with a stop or a save: rows are then seen before the next step begins
 
     def wants(self, step: int) -> bool:
         """Whether nothing may be in flight after this step, because something is to be done with its finished state."""
@@ -99,7 +106,10 @@ class Callback:
         return None
 
     def finalize(self, status: str) -> None:
-        """The end, whatever it was: "success", "nan" or "error". Called once, also where `on_training_end` was not."""
+        """The end, whatever it was: "success", "nan", "error" or, of a run that goes on later, "stopped".
+
+        Called once, also where `on_training_end` was not.
+        """
 
     def get_state(self) -> Any:
         """What must survive: nested dictionaries of arrays, or None for nothing (yet).

@@ -21,7 +21,10 @@ class Logger(Protocol):
         """One row: values (float, int or None) of a split after `step` steps. Raises RuntimeError before `start` and after `finalize`."""
 
     def finalize(self, status: str) -> None:
-        """The end: status is "success", "nan" or "error". What was logged is on the disk afterwards. A second call does nothing."""
+        """The end: status is "success", "nan", "error" or, of a run that goes on later, "stopped".
+
+        What was logged is on the disk afterwards. A second call does nothing.
+        """
 
 
 class LoggerPartConfig(PartConfig):

@@ -1,0 +1,267 @@
+"""Callbacks and loggers in a run of the pipeline: however it is cut into lives they see, decide and have the same."""
+
+import csv
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.trainer.lives import digests, stable_rows
+from trainer import rows
+from trainer.callbacks import Answer, Callback, CallbackPartConfig
+from trainer.errors import ConfigError
+from trainer.follow import Follower
+from trainer.rundir import read_lines
+
+EMA = "trainer.callbacks=[{kind: ema, decay: 0.5}]"
+STOPS_AT_ONCE = "trainer.callbacks=[{kind: early_stopping, monitor: loss, patience: 1, min_delta: 100.0}]"
+
+
+def test_averaged_parameters_are_committed_and_evaluated_the_same_in_one_life_and_in_many(life, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    run = life(one, EMA)
+    run.open()
+    for step in (2, 4, 6):
+        run.train_until(step)
+        run.evaluate(step, "val")
+    run.close()
+    for step in (2, 4, 6):
+        run = life(many, EMA)
+        run.open()
+        run.train_until(step)
+        run.close()
+        run = life(many, EMA)  # and once more between the commit and its validation
+        run.open()
+        run.evaluate(step, "val")
+        run.close()
+    assert digests(many) == digests(one)
+    assert stable_rows(many) == stable_rows(one)
+    ema, val = (stable_rows(one)[split, 6]["loss"] for split in ("val_ema", "val"))
+    assert ema != val, "the average is other parameters than the state's"
+
+
+def test_without_the_average_in_its_checkpoint_a_resumed_run_would_differ(life, tmp_path):
+    place = tmp_path / "forgetful"
+    for step in (2, 4, 6):
+        run = life(place, EMA)
+        run.open()
+        run.desk.restore_extra({})
+        run.train_until(step)
+        run.close()
+    one = tmp_path / "one"
+    run = life(one, EMA)
+    run.open()
+    for step in (2, 4, 6):
+        run.train_until(step)
+    run.close()
+    assert digests(place)[6] != digests(one)[6]
+
+
+def test_early_stopping_decided_after_a_commit_is_decided_again_by_a_life_that_did_not_see_it(life, tmp_path):
+    run = life(tmp_path / "run", STOPS_AT_ONCE)
+    assert run.open().stop is None
+    run.evaluate(0, "val")
+    run.train_until(2)
+    run.evaluate(2, "val")
+    seen = run.train_until(4)
+    run.close()
+    assert seen.step == 2 and "was not better" in seen.stop
+    run = life(tmp_path / "run", STOPS_AT_ONCE)
+    assert run.open() == seen
+    assert run.train_until(4) == seen, "a life that never validated knows it too"
+    run.close()
+    told = [e for e in run.run_dir.read_events() if e["event"] == "early_stop"]
+    assert [(e["step"], e["reason"]) for e in told] == [(2, seen.stop)], "and the log has it once"
+
+
+class RowJudgeConfig(CallbackPartConfig):
+    kind: Literal["tests.trainer.test_onlookers:RowJudgeConfig"] = "tests.trainer.test_onlookers:RowJudgeConfig"
+    announced: bool = True
+
+    def build(self):
+        judge = RowJudge()
+        judge.decides_on_rows = self.announced
+        return judge
+
+
+class RowJudge(Callback):
+    """Has enough of the first row."""
+
+    def on_row(self, moment):
+        return Answer(stop="enough", values={"judged": 1})
+
+
+@pytest.mark.parametrize("often", [(), ("checkpoint.every=1",)])
+def test_what_a_row_decides_takes_effect_at_its_step_however_often_the_run_commits(life, tmp_path, often):
+    config = "trainer.callbacks=[{kind: 'tests.trainer.test_onlookers:RowJudgeConfig'}]"
+    run = life(tmp_path / "run", config, *often)
+    run.open()
+    found = run.train_until(4) if run.step < 4 else None
+    run.close()
+    assert found.step == 3 and found.stop == "enough"
+    assert stable_rows(tmp_path / "run")["train", 3]["judged"] == 1
+    run = life(tmp_path / "run", config, *often)
+    assert run.open() == found, "the decision is part of the commit: this life sees no row"
+    run.close()
+
+
+def test_a_decision_at_a_step_that_may_be_in_flight_is_refused(life, tmp_path):
+    run = life(tmp_path / "run", "trainer.callbacks=[{kind: 'tests.trainer.test_onlookers:RowJudgeConfig', announced: false}]")
+    run.open()
+    with pytest.raises(ConfigError, match="decides_on_rows"):
+        run.train_until(6)
+    run.close()
+
+
+def test_hooks_of_a_trainer_of_ones_own_are_called_in_a_run(life, tmp_path):
+    run = life(tmp_path / "run", "trainer.kind=tests.trainer.test_onlookers:Listening")
+    run.open()
+    run.evaluate(0, "val")
+    run.train_until(6)
+    run.evaluate(6, "val")
+    run.evaluate(6, "test", row=6)
+    run.conclude()
+    run.close()
+    assert run.trainer.heard == ["start", "val 0", "val 6", "end", "test"]
+    assert stable_rows(tmp_path / "run")["val", 6]["heard"] == 3, "and what they add is in the row"
+
+
+def test_loggers_have_every_committed_row_once_however_the_run_is_cut(life, tmp_path):
+    place, parts = tmp_path / "run", "trainer.logger.parts=[{kind: csv}, {kind: tensorboard}]"
+    for step in (2, 4, 6):
+        run = life(place, parts)
+        run.open()
+        run.train_until(step)
+        run.evaluate(step, "val")
+        run.trainer.loggers = []  # killed: nobody is told of an end
+        run.close()
+    run = life(place, parts)
+    run.open()
+    run.evaluate(6, "test", row=6)
+    run.conclude()
+    run.close()
+    for split in ("train", "val", "test"):
+        with open(place / f"metrics-{split}.csv", newline="") as f:
+            table = {int(row["step"]): row for row in csv.DictReader(f)}
+        wanted = {r["step"]: rows.values_of(r) for r in rows.read(place / "metrics.jsonl") if r["split"] == split}
+        assert table.keys() == wanted.keys()
+        for step, values in wanted.items():
+            assert {k: float(v) for k, v in table[step].items() if k != "step" and v != ""} == {
+                k: v for k, v in values.items() if v is not None
+            }
+    assert list(place.glob("tensorboard/events.out.tfevents.*"))
+
+
+def test_no_logger_is_given_a_row_that_may_be_taken_back(life, tmp_path):
+    run = life(tmp_path / "run", "trainer.logger.parts=[{kind: csv}]", "num_steps=12", "trainer.logger.log_every_n_steps=1")
+    run.open()
+    given = []
+    run.trainer.loggers[0].logger.row = lambda split, step, values: given.append((step, run.store.steps()[-1]))
+    run.train_until(2)
+    run.train_until(12)
+    run.close()
+    assert [step for step, _ in given] == list(range(1, 13))
+    assert all(step <= committed for step, committed in given)
+
+
+class Table:
+    """A logger of the kind that can take rows back, and that may fail in the middle."""
+
+    def __init__(self):
+        self.rows = []
+        self.fails_after = None
+
+    def start(self, step, info):
+        self.rows = [r for r in self.rows if r[1] <= step]
+
+    def row(self, split, step, values):
+        if self.fails_after is not None:
+            if self.fails_after == 0:
+                raise OSError("the network is away")
+            self.fails_after -= 1
+        self.rows.append((split, step))
+
+    def finalize(self, status):
+        pass
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("train"), st.integers(1, 3)),
+        st.just(("commit", 0)),
+        st.tuples(st.just("commit and fail"), st.integers(0, 3)),
+        st.just(("killed", 0)),
+    ),
+    max_size=25,
+)
+
+
+@settings(deadline=None)
+@given(EVENTS)
+def test_after_any_failures_and_deaths_a_logger_has_the_rows_of_the_run_in_their_order(tmp_path_factory, events):
+    folder = tmp_path_factory.mktemp("follow")
+    path, table, written = folder / "metrics.jsonl", Table(), rows.Rows(folder / "metrics.jsonl")
+    step = committed = 0
+
+    def begin():
+        written.cut(committed)
+        follower = Follower(table, path, folder / "logs" / "table.json")
+        follower.start(committed, {})
+        return follower
+
+    follower = begin()
+    for what, number in [*events, ("killed", 0)]:
+        table.fails_after = number if what == "commit and fail" else None
+        if what == "train":
+            for _ in range(number):
+                step += 1
+                written.append("train", step, {"loss": 1.0})
+        elif what == "killed":
+            step = committed
+            follower = begin()
+        else:
+            committed = step
+            follower.give(committed)
+            if rows.find(path, "val", step) is None:
+                written.append("val", step, {"loss": 2.0})
+            follower.give(committed)
+    assert table.rows == [(r["split"], r["step"]) for r in rows.read(path)]
+
+
+def test_a_logger_that_is_added_to_a_run_is_given_its_history(life, tmp_path):
+    run = life(tmp_path / "run")
+    run.open()
+    run.train_until(4)
+    run.close()
+    run = life(tmp_path / "run", "trainer.logger.parts=[{kind: csv}]")
+    run.open()
+    run.close()
+    with open(tmp_path / "run" / "metrics-train.csv") as f:
+        assert [row["step"] for row in csv.DictReader(f)] == ["3"]
+    assert next(iter(read_lines(tmp_path / "run" / "logs" / "rows-CsvLogger-0.json")))["rows"] == 1
+
+
+def make_listening():
+    from trainer.module import TrainerModule
+
+    class Listening(TrainerModule):
+        """Writes down what it hears."""
+
+        def on_training_start(self):
+            self.heard = ["start"]
+
+        def on_training_end(self):
+            self.heard.append("end")
+
+        def on_validation_epoch_end(self, eval_metrics, epoch_idx, step_idx):
+            self.heard.append(f"val {step_idx}")
+            eval_metrics["heard"] = len(self.heard)
+
+        def on_test_epoch_end(self, test_metrics, epoch_idx):
+            self.heard.append("test")
+
+    return Listening
+
+
+Listening = make_listening()

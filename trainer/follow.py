@@ -1,0 +1,103 @@
+"""Loggers that follow a run's metrics.jsonl: each row reaches them once, and only after its step was committed.
+
+A row of a step that is not committed may be taken back, and what was sent to another machine stays sent. How far a logger is
+stands in a small file beside the rows, marked before it is given more and again afterwards: where a life ended between the
+two, the logger is taken back to before the first row it was then given, and is given them anew.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import write_atomic
+from .loggers.base import Logger
+from .rows import values_of
+from .rundir import RunDir, read_lines
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far a logger is: it has the first `rows` rows, the last of them of `step`; `giving_from` is the step it is being given."""
+
+    rows: int = 0
+    step: int = -1
+    giving_from: int | None = None
+
+
+class Follower:
+    """Feeds one logger from `path`, a run's metrics.jsonl; `place` is the file that remembers how far it is.
+
+    What a logger raises while it takes rows ends its part in this life, with a warning, and not the training: a life to come
+    gives it what it missed. What it raises at the start, where a mistake in its config shows, is passed on.
+    """
+
+    def __init__(self, logger: Logger, path: Path, place: Path):
+        self.logger, self.path, self.place = logger, path, place
+        self._mark = Mark()
+        self._offset = 0  # bytes of `path` that hold the rows it has
+        self._works = False
+
+    def start(self, step: int, info: Mapping[str, Any]) -> None:
+        """Start the logger where it stands, taking back what is no row of the run any more; then give it all up to `step`."""
+        found = next((Mark(**record) for record in read_lines(self.place)), Mark())
+        if found.giving_from is None:
+            have = [at for at, _ in zip(self._rows(), range(found.rows), strict=False)]
+        else:
+            have = [at for at in self._rows() if at[0]["step"] < found.giving_from]
+        last = have[-1][0]["step"] if have else -1
+        self._offset = have[-1][1] if have else 0
+        self._mark = Mark(len(have), last)
+        self.logger.start(last, info)
+        self._works = True
+        self.give(step)
+
+    def give(self, committed: int) -> None:
+        """Give the logger the rows of steps up to `committed` that it does not have yet."""
+        new = [at for at in self._rows() if at[0]["step"] <= committed]
+        if not new or not self._works:
+            return
+        self._note(Mark(self._mark.rows, self._mark.step, giving_from=new[0][0]["step"]))
+        try:
+            for row, _ in new:
+                self.logger.row(row["split"], row["step"], values_of(row))
+        except Exception:
+            self._works = False
+            log.exception("%s takes no more rows in this life; the next one gives it what it missed", type(self.logger).__name__)
+            return
+        self._offset = new[-1][1]
+        self._note(Mark(self._mark.rows + len(new), new[-1][0]["step"]))
+
+    def finalize(self, status: str) -> None:
+        """The end of a life."""
+        self.logger.finalize(status)
+
+    def _rows(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """The rows after those that the logger has, each with the place in the file where it ends."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as f:
+            f.seek(self._offset)
+            for line in f:
+                if line.endswith(b"\n"):
+                    yield json.loads(line), f.tell()
+
+    def _note(self, mark: Mark) -> None:
+        self._mark = mark
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.place, json.dumps(asdict(mark)).encode() + b"\n")
+
+
+def followers(loggers: Sequence[Logger], run_dir: RunDir) -> list[Follower]:
+    """One for each logger; a logger keeps its place when others of another kind come or go."""
+    found, seen = [], Counter[str]()
+    for logger in loggers:
+        name = type(logger).__name__
+        found.append(Follower(logger, run_dir.metrics, run_dir.logs / f"rows-{name}-{seen[name]}.json"))
+        seen[name] += 1
+    return found
