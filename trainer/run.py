@@ -20,17 +20,15 @@ from .checkpoint import Checkpoints
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
 from .errors import CheckpointError, ConfigError, DataError, StoppedError
 from .fingerprint import differences, fingerprint
-from .follow import followers
 from .generate import generate
 from .manifest import Commit, name_of
 from .module import TrainerModule
+from .onlookers import Onlookers
 from .restore import weights_at
 from .rows import Rows, as_recorded, find, read
-from .rundir import EARLY_STOP, RunDir
+from .rundir import RunDir
 
 log = logging.getLogger(__name__)
-
-EPOCH = 1  # a run of the pipeline counts steps, not epochs
 
 
 class Run:
@@ -52,7 +50,7 @@ class Run:
         require_exact: bool = False,
     ):
         self.config, self.trainer, self.run_dir, self.data = config, trainer, run_dir, data
-        self.desk = trainer.desk
+        self.onlookers = Onlookers(trainer, run_dir)
         self.should_stop, self.on_step, self.on_row, self.require_exact = should_stop, on_step, on_row, require_exact
         self.manifest: DataManifest = load_manifest(data)
         self._check_data()
@@ -63,7 +61,6 @@ class Run:
         self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else config.num_steps
         self.window: Any = None
         self._committed = -1
-        self._told_of_start = self._told_of_end = False
         self._last_row = (0, time.monotonic())
 
     @property
@@ -73,8 +70,6 @@ class Run:
 
     def open(self) -> Commit:
         """The newest commit, restored; where there is none, step 0 is made and committed. Later rows are cut."""
-        self.trainer.init_callbacks(self.config.trainer.callbacks)
-        self.desk.forget()
         newest = self.store.newest_whole()
         if newest is None:
             self._refuse_to_forget()
@@ -82,8 +77,8 @@ class Run:
         else:
             self._restore(newest)
             commit = self._commit_of(newest)
-        self._tell_of_the_start()
-        return replace(commit, stop=self.desk.stop_reason)
+        self.onlookers.begin(num_steps=self.config.num_steps, loader=self.loader, eval_names=self._eval_names())
+        return replace(commit, stop=self.onlookers.stop_reason)
 
     def train_until(self, step: int) -> Commit:
         """Train to `step` and commit it; returns at once where that is done already, and earlier where a callback ends training.
@@ -96,7 +91,7 @@ class Run:
             raise CheckpointError(
                 f"step {step} has no checkpoint any more, and the run is at {self.step}; roll back to an earlier one first"
             )
-        if self.desk.stop_reason:
+        if self.onlookers.stop_reason:
             return self._ended(self._commit_of(self.step))
         if self.should_stop():
             raise StoppedError(f"stopped at step {self.step}, which is committed; go on with `everstep resume`", step=self.step)
@@ -117,12 +112,12 @@ class Run:
             until=step,
             empty=self.trainer.empty_window,
             closes=self._closes,
-            pause=lambda at: wants_commit(at) or self.desk.wants(at, row=self._closes(at)),
+            pause=lambda at: wants_commit(at) or self.onlookers.wants(at, row=self._closes(at)),
         ):
             self._take(record)
-            if record.settled and (self.desk.take_save() or self.desk.stop_reason or wants_commit(record.step)):
+            if record.settled and (self.onlookers.take_save() or self.onlookers.stop_reason or wants_commit(record.step)):
                 commit = self._commit()
-                if self.desk.stop_reason:
+                if self.onlookers.stop_reason:
                     return self._ended(commit)
                 if stopping and record.step < step:
                     raise StoppedError(f"stopped at step {record.step}, which is committed; go on with `everstep resume`", step=record.step)
@@ -137,14 +132,14 @@ class Run:
         if there := find(self.run_dir.metrics, split, at):
             return there
         began = time.monotonic()
-        self._tell_of_evaluation(split, step)
+        self.onlookers.evaluating(split, step)
         values = self._values_of(self._weights_of(step), split)
         values |= {"time_evaluate_s": round(time.monotonic() - began, 3)} | ({"best_step": step} if split == "test" else {})
         if split == "val" and step == self.step:
-            for averaged in self.desk.averages():
+            for averaged in self.onlookers.averages():
                 self._record("val_ema", at, self._values_of((averaged, self.trainer.state.mutable), split))
         values = as_recorded(values)
-        self._tell_of_evaluation(split, step, values)
+        self.onlookers.evaluated(split, step, values)
         self._record(split, at, values)
         return find(self.run_dir.metrics, split, at) or values
 
@@ -167,16 +162,11 @@ class Run:
 
     def conclude(self) -> None:
         """The end of all: callbacks and loggers are told. Weights may still be asked for."""
-        if self._told_of_start:
-            self._tell_of_the_end()
-            self._told_of_start = False
-            self.desk.finalize("success")
+        self.onlookers.conclude()
 
     def close(self, status: str = "stopped") -> None:
         """Tell callbacks and loggers how this life ended, and let go of the checkpoints; nothing uncommitted becomes committed."""
-        if self._told_of_start:
-            self._told_of_start = False
-            self.desk.finalize(status)
+        self.onlookers.finalize(status)
         self.store.close()
 
     def _refuse_to_forget(self) -> None:
@@ -206,8 +196,8 @@ class Run:
             )
         self._compare_environment(meta["fingerprint"], step)
         self.trainer.state, self.trainer.global_step, self.window = found.state, step, found.window
-        self._committed, self.desk.stop_reason = step, meta.get("stop")
-        self.desk.restore_extra(found.extra)
+        self._committed = step
+        self.onlookers.set_state(found.extra, stop_reason=meta.get("stop"))
         self.loader.set_state(meta["loader"]["train"])
         self.rows.cut(step)
         self.run_dir.event("restored", step=step, seconds=round(time.monotonic() - began, 3))
@@ -227,13 +217,13 @@ class Run:
     def _commit(self) -> Commit:
         began = time.monotonic()
         self.rows.sync()
-        self.store.save(self.trainer.state, self.window, self._meta(), self.desk.extra())
+        self.store.save(self.trainer.state, self.window, self._meta(), self.onlookers.get_state())
         commit = self.store.finish()
         self._committed = commit.step
         seconds = time.monotonic() - began
         self.run_dir.event("committed", step=commit.step, seconds=round(seconds, 3))
         log.info("committed step %d in %.2f s", commit.step, seconds)
-        self._feed_loggers()
+        self.onlookers.feed(self._committed)
         return commit
 
     def _commit_of(self, step: int) -> Commit:
@@ -241,12 +231,9 @@ class Run:
 
     def _ended(self, commit: Commit) -> Commit:
         """The commit at which a callback ended training, with the reason, which is told once."""
-        reason = self.desk.stop_reason
-        told = {"step": commit.step, "reason": reason, "config_digest": self.config.config_digest}
-        if not any(e["event"] == EARLY_STOP and told.items() <= e.items() for e in self.run_dir.read_events()):
-            self.run_dir.event(EARLY_STOP, **told)
-            log.info("training ends at step %d: %s", commit.step, reason)
-        return replace(commit, stop=reason)
+        if self.onlookers.ended_at(commit.step, self.config.config_digest):
+            log.info("training ends at step %d: %s", commit.step, self.onlookers.stop_reason)
+        return replace(commit, stop=self.onlookers.stop_reason)
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -254,7 +241,7 @@ class Run:
             "config_digest": self.config.config_digest,
             "data_digest": self.manifest.digest,
             "fingerprint": self.fingerprint,
-            "stop": self.desk.stop_reason,
+            "stop": self.onlookers.stop_reason,
         }
 
     def _closes(self, step: int) -> bool:
@@ -266,35 +253,8 @@ class Run:
         t.state, self.window, t.global_step, t.first_step = record.state, record.window, record.step, False
         for at, window in record.closed:
             self._write_row(at, window)
-        self.desk.tell("on_training_step", epoch=EPOCH)
+        self.onlookers.stepped()
         self.on_step(record.step)
-
-    def _tell_of_the_start(self) -> None:
-        """Begin with loggers and callbacks; what the newest validation made callbacks decide is no part of the commit before it."""
-        t = self.trainer
-        t.folder = self.run_dir.path
-        t.init_logger(self.config.trainer.logger)
-        t.loggers = followers(t.loggers, self.run_dir)
-        self.desk.facts = {"eval_metrics": self._eval_names()}
-        t.log_training_info(None, self.config.num_steps, None, self.loader, None, None)
-        t.on_training_start()
-        self._told_of_start = True
-        if row := find(self.run_dir.metrics, "val", self.step):
-            self._tell_of_evaluation("val", self.step, row)
-
-    def _tell_of_the_end(self) -> None:
-        if not self._told_of_end:
-            self._told_of_end = True
-            self.trainer.on_training_end()
-
-    def _tell_of_evaluation(self, split: str, step: int, values: dict[str, Any] | None = None) -> None:
-        """Its start or, with `values`, its end, which may add to them."""
-        t = self.trainer
-        if split == "val":
-            t.on_validation_epoch_start(EPOCH, step) if values is None else t.on_validation_epoch_end(values, EPOCH, step)
-        elif split == "test":
-            self._tell_of_the_end()
-            t.on_test_epoch_start(EPOCH) if values is None else t.on_test_epoch_end(values, EPOCH)
 
     def _values_of(self, weights: tuple[Any, dict[str, Any]], split: str) -> dict[str, Any]:
         size = self.config.data.eval_batch_size or self.config.data.batch_size
@@ -307,11 +267,7 @@ class Run:
             self.rows.append(split, step, values)
             self.rows.sync()
             self.on_row(split, step, values)
-            self._feed_loggers()
-
-    def _feed_loggers(self) -> None:
-        for logger in self.trainer.loggers:
-            logger.give(self._committed)
+            self.onlookers.feed(self._committed)
 
     def _weights_of(self, step: int) -> tuple[Any, dict[str, Any]]:
         if step == self.step:
@@ -324,7 +280,7 @@ class Run:
 
     def _write_row(self, step: int, window: Any) -> None:
         values: dict[str, Any] = self.trainer.get_metric_postprocess_fn()(metrics.compute(window))
-        self.desk.tell("on_row", values, epoch=EPOCH, step=step)
+        self.onlookers.row(step, values)
         before, then = self._last_row
         now = time.monotonic()
         self._last_row = (step, now)

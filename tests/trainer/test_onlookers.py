@@ -46,7 +46,7 @@ def test_without_the_average_in_its_checkpoint_a_resumed_run_would_differ(life, 
     for step in (2, 4, 6):
         run = life(place, EMA)
         run.open()
-        run.desk.restore_extra({})
+        run.onlookers.set_state({}, stop_reason=None)
         run.train_until(step)
         run.close()
     one = tmp_path / "one"

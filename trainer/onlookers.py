@@ -1,0 +1,117 @@
+"""The callbacks and loggers of a run in its directory: what they are told, and when.
+
+A validation comes after the commit that it judges, so what it made callbacks decide is no part of that commit. A life that
+restores it tells them of the validation's row again, which is all that they learnt then.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from .follow import followers
+from .module import TrainerModule
+from .rows import find
+from .rundir import EARLY_STOP, RunDir
+
+EPOCH = 1  # a run of the pipeline counts steps, not epochs
+
+
+class Onlookers:
+    """Those of one life. They are told through the trainer's own hooks, which a subclass may override."""
+
+    def __init__(self, trainer: TrainerModule, run_dir: RunDir):
+        self.trainer, self.run_dir, self._desk = trainer, run_dir, trainer.desk
+        self._began = self._told_of_end = False
+        trainer.folder = run_dir.path
+        trainer.init_callbacks(trainer.trainer_config.callbacks)
+        self._desk.forget()
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why training ends here, where one of them said so."""
+        return self._desk.stop_reason
+
+    def get_state(self) -> dict[str, Any]:
+        """The callbacks' states, by their place in the config."""
+        return self._desk.extra()
+
+    def set_state(self, extra: dict[str, Any], *, stop_reason: str | None) -> None:
+        """Go on from a commit."""
+        self._desk.restore_extra(extra)
+        self._desk.stop_reason = stop_reason
+
+    def begin(self, *, num_steps: int, loader: Any, eval_names: list[str]) -> None:
+        """Start loggers and callbacks at the trainer's step, which is committed."""
+        t = self.trainer
+        t.init_logger(t.trainer_config.logger)
+        t.loggers = followers(t.loggers, self.run_dir)
+        self._desk.facts = {"eval_metrics": eval_names}
+        t.log_training_info(None, num_steps, None, loader, None, None)
+        t.on_training_start()
+        self._began = True
+        if row := find(self.run_dir.metrics, "val", t.global_step):
+            self.evaluated("val", t.global_step, row)
+
+    def wants(self, step: int, *, row: bool) -> bool:
+        """Whether somebody waits for this step to be finished; `row`: a row ends with it."""
+        return self._desk.wants(step, row=row)
+
+    def stepped(self) -> None:
+        """A step was dispatched."""
+        self._desk.tell("on_training_step", epoch=EPOCH)
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """A logging window closed; callbacks may add to its values."""
+        self._desk.tell("on_row", values, epoch=EPOCH, step=step)
+
+    def take_save(self) -> bool:
+        """Whether a commit was asked for since this was last called."""
+        return self._desk.take_save()
+
+    def evaluating(self, split: str, step: int) -> None:
+        """An evaluation begins."""
+        if split == "val":
+            self.trainer.on_validation_epoch_start(EPOCH, step)
+        elif split == "test":
+            self._end_training()
+            self.trainer.on_test_epoch_start(EPOCH)
+
+    def evaluated(self, split: str, step: int, values: dict[str, Any]) -> None:
+        """An evaluation ended; callbacks may add to its values."""
+        if split == "val":
+            self.trainer.on_validation_epoch_end(values, EPOCH, step)
+        elif split == "test":
+            self.trainer.on_test_epoch_end(values, EPOCH)
+
+    def averages(self) -> Iterator[Any]:
+        """The parameters that callbacks want validated beside the state's own."""
+        return self._desk.averages()
+
+    def feed(self, committed: int) -> None:
+        """Give the loggers the rows of committed steps."""
+        for logger in self.trainer.loggers:
+            logger.give(committed)
+
+    def ended_at(self, step: int, config_digest: str) -> bool:
+        """Note in the event log that training ended here by their decision; False where that stands already."""
+        told = {"step": step, "reason": self.stop_reason, "config_digest": config_digest}
+        if any(e["event"] == EARLY_STOP and told.items() <= e.items() for e in self.run_dir.read_events()):
+            return False
+        self.run_dir.event(EARLY_STOP, **told)
+        return True
+
+    def conclude(self) -> None:
+        """All is done."""
+        if self._began:
+            self._end_training()
+        self.finalize("success")
+
+    def finalize(self, status: str) -> None:
+        """The end of this life, told once."""
+        if self._began:
+            self._began = False
+            self._desk.finalize(status)
+
+    def _end_training(self) -> None:
+        if not self._told_of_end:
+            self._told_of_end = True
+            self.trainer.on_training_end()
