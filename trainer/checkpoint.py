@@ -107,10 +107,7 @@ class Checkpoints:
         )
         extra = {path: found.train.pop(path) for path in saved}
         _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(found.params, "params"), **found.train})
-        flat = found.train
-        # Orbax's buffers may silently not be donated; what a jitted function returns is.
-        shardings = jax.tree.map(lambda x: x.sharding, (found.params, flat))
-        params, flat = jax.jit(lambda *x: x, out_shardings=shardings)(found.params, flat)
+        params, flat = owned((found.params, found.train))
         new = TrainState(flat["step"], params, unflatten(state.opt_state, flat, "opt_state"), unflatten(state.mutable, flat, "mutable"))
         return Restored(new, unflatten(window, flat, "window"), found.meta, nested(extra).get("extra", {}))
 
@@ -157,6 +154,15 @@ class Checkpoints:
         os.rename(self.root / name_of(step), target)
         fsync(self.root)
         log.warning("checkpoint %d was set aside in damaged/%s: %s", step, target.name, "; ".join(wrong[:3]))
+
+
+def owned(tree: Any) -> Any:
+    """A copy of the arrays of `tree` in buffers of their own, laid out alike, which a step can reuse.
+
+    What Orbax or `device_put` made may lie in memory of NumPy's or of another array: donated, it would not be reused, or be lost
+    to its other owner.
+    """
+    return jax.jit(lambda x: x, out_shardings=jax.tree.map(lambda x: x.sharding, tree))(tree)
 
 
 def _train_arrays(state: TrainState, window: Any) -> dict[str, Any]:
@@ -217,7 +223,7 @@ def read_weights(run_dir: Path | str, step: int, state: TrainState) -> tuple[Any
     like = flatten(state.mutable, "mutable")
     _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(params, "params"), **flat})
     flat = {k: jax.device_put(v, like[k].sharding) for k, v in flat.items()}
-    return params, unflatten(state.mutable, flat, "mutable")
+    return owned((params, unflatten(state.mutable, flat, "mutable")))
 
 
 def read_state(run_dir: Path | str, step: int, like: TrainState) -> TrainState:
@@ -230,7 +236,7 @@ def read_state(run_dir: Path | str, step: int, like: TrainState) -> TrainState:
     wanted = {"step": like.step, **flatten(like.opt_state, "opt_state")}
     found = {path: flat[path] for path in wanted if path in flat}
     _compare(step, wanted, found)
-    placed = {path: jax.device_put(x, wanted[path].sharding) for path, x in found.items()}
+    placed = owned({path: jax.device_put(x, wanted[path].sharding) for path, x in found.items()})
     return TrainState(placed["step"], params, unflatten(like.opt_state, placed, "opt_state"), mutable)
 
 

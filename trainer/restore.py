@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from . import manifest
-from .checkpoint import read_state, read_weights
+from .checkpoint import owned, read_state, read_weights
 from .config import TrainerConfig, load_object
 from .errors import CheckpointError, StorageError
 from .feed import has_state
@@ -89,7 +89,7 @@ def restore_model(trainer: "TrainerModule", found: Mapping[str, Any]) -> None:
             like = getattr(shapes, field)
             given = found[name] if field != "step" else np.asarray(found[name], np.int32)
             _compare_tree(name, like, given)
-            changes[field] = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), given, like)
+            changes[field] = owned(jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), given, like))
     trainer.state = state.replace(**changes)
     trainer.global_step = int(trainer.state.step)
 

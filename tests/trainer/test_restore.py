@@ -1,0 +1,126 @@
+"""A restored state is as good as a new one: steps after it reuse its buffers, and whoever it was taken from keeps theirs."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.trainer.toy import Regression, make_data, make_trainer
+from trainer import LoggerConfig
+from trainer.callbacks import CheckpointCallbackConfig
+from trainer.checkpoint import read_state
+
+DATA = make_data()
+
+
+def saving(path):
+    return make_trainer(noisy=True, logger=LoggerConfig(path=str(path)), callbacks=(CheckpointCallbackConfig(every_n_steps=4),))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with a checkpoint of step 4, and the trainer that wrote it."""
+    path = tmp_path_factory.mktemp("saved")
+    trainer = saving(path)
+    trainer.train_model(DATA, None, num_train_steps=4)
+    return path, trainer
+
+
+def fresh(path, _):
+    return saving(path)
+
+
+def newest(path, _):
+    trainer = saving(path)
+    trainer.load_model()
+    return trainer
+
+
+def pretrained(path, _):
+    trainer = saving(path)
+    assert trainer.state.step == 0  # the weights it had are given up
+    trainer.load_pretrained_model(path)
+    return trainer
+
+
+def weights_alone(path, _):
+    trainer = saving(path)
+    trainer.load_pretrained_model(path, load_optimizer=False)
+    return trainer
+
+
+def whole_trainer(path, _):
+    return Regression.load_from_checkpoint(path)
+
+
+def state_alone(path, _):
+    trainer = saving(path)
+    trainer.state = read_state(path, 4, trainer.shapes)
+    return trainer
+
+
+def dictionary(path, source):
+    trainer = saving(path)
+    s = source.state
+    trainer.restore_model({"params": s.params, "opt_state": s.opt_state, "mutable_variables": s.mutable, "step": s.step})
+    return trainer
+
+
+def host_dictionary(path, source):
+    trainer = saving(path)
+    trainer.restore_model({"params": jax.device_get(source.state.params)})
+    return trainer
+
+
+def buffers(tree):
+    return {shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) for shard in x.addressable_shards}
+
+
+def one_step(trainer):
+    """By how many bytes a step lets grow what is alive, and the share of the state's buffers that it used again."""
+    state, window, trainer.state, trainer.desk.window = trainer.state, trainer.init_train_metrics(), None, None
+    old, places = jax.tree.leaves(state), buffers(state)
+    alive = jax.device_put(np.array(True))
+    batch = trainer.put_train(DATA[0])
+    gc.collect()
+    already = sum(x.nbytes for x in jax.live_arrays())
+    state, window, _ = jax.block_until_ready(trainer.train_step(state, window, batch, alive))
+    assert all(x.is_deleted() for x in old)
+    return sum(x.nbytes for x in jax.live_arrays()) - already, len(buffers(state) & places) / len(places)
+
+
+@pytest.fixture(scope="module")
+def new_one(saved):
+    """The bytes that a step from a new state takes."""
+    grown, reused = one_step(fresh(*saved))
+    assert reused == 1.0
+    return grown
+
+
+WAYS = [newest, pretrained, weights_alone, whole_trainer, state_alone, dictionary, host_dictionary]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_a_step_reuses_every_buffer_of_a_restored_state_and_takes_no_more_memory_than_from_a_new_one(saved, new_one, way):
+    grown, reused = one_step(way(*saved))
+    assert reused == 1.0 and grown <= new_one
+
+
+def test_a_state_taken_from_another_trainer_leaves_it_its_own(saved, tmp_path):
+    source, target = saved[1], make_trainer(noisy=True)
+    params = jax.device_get(source.state.params)
+    target.restore_model({"params": source.state.params})
+    target.train_model(DATA, None, num_train_steps=2)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(source.state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_host_arrays_that_were_restored_from_are_not_written_to(saved):
+    target = make_trainer(noisy=True)
+    given = jax.tree.map(np.array, saved[1].state.params)
+    before = jax.tree.map(np.copy, given)
+    target.restore_model({"params": given})
+    target.train_model(DATA, None, num_train_steps=2)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), given, before))
