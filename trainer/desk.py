@@ -17,6 +17,7 @@ from .callbacks.checkpointing import CheckpointCallbackConfig
 from .errors import ConfigError
 from .feed import Feed
 from .retention import CheckpointConfig, best_step, steps_to_delete
+from .throughput import Stopwatch
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoints
@@ -58,6 +59,7 @@ class Desk:
         self.window: Any = None  # the open one, on the device
         self.pieces: Pieces = Pieces(None)
         self.feed: Feed | None = None
+        self.stopwatch: Stopwatch | None = None
         self.stop_reason: str | None = None
         self.facts: dict[str, Any] = {}  # what the surroundings know of the training beside what the trainer does
         self.val_rows: list[tuple[int, dict[str, Any]]] = []  # of this object's validations
@@ -117,7 +119,8 @@ class Desk:
 
     def row(self, step: int, epoch: int, values: dict[str, Any]) -> None:
         """A logging window closed: values to callbacks, which may add to them, then to the loggers."""
-        values = self._trainer.get_metric_postprocess_fn()(values)
+        assert self.stopwatch is not None
+        values = self._trainer.get_metric_postprocess_fn()(values) | self.stopwatch.row(step, values)
         self.tell("on_row", values, epoch=epoch, step=step)
         self.write("train", step, values)
 

@@ -17,6 +17,7 @@ from . import loop
 from .errors import ConfigError, DivergedError
 from .feed import Feed, length
 from .params import count
+from .throughput import stopwatch
 
 if TYPE_CHECKING:
     from .module import TrainerModule
@@ -130,7 +131,8 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
         closes=plan.closes,
         pause=lambda step: plan.looks_up(step) or desk.wants(step, row=plan.logs(step)),
     )
-    for record in records:
+    desk.stopwatch = stopwatch(trainer, [desk.window, desk.pieces.row], step=start)
+    for record in desk.stopwatch.watch(records):
         trainer.state, desk.window, trainer.global_step, trainer.first_step = record.state, record.window, record.step, False
         for step, window in record.closed:
             desk.pieces.add(window)

@@ -141,7 +141,8 @@ def compute(window: Mapping[str, Any]) -> dict[str, float]:
             elif mode == "sum":
                 value = _number(w["value"])
             elif mode == "std":
-                value = float(np.sqrt(np.float64(w["spread"]) / _number(w["steps"])))
+                steps = _number(w["steps"])
+                value = float(np.sqrt(np.float64(w["spread"]) / steps)) if steps else float("nan")
             else:
                 value = float(w[mode])
             out[key + POSTFIX[mode]] = value

@@ -27,6 +27,7 @@ from .onlookers import Onlookers
 from .restore import weights_at
 from .rows import Rows, as_recorded, find, read
 from .rundir import RunDir
+from .throughput import Stopwatch, stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Run:
         self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else config.num_steps
         self.window: Any = None
         self._committed = -1
-        self._last_row = (0, time.monotonic())
+        self._stopwatch: Stopwatch | None = None
 
     @property
     def step(self) -> int:
@@ -102,8 +103,9 @@ class Run:
             stopping = stopping or self.should_stop()
             return stopping or at == step or bool(every and at % every == 0)
 
-        self._last_row = (self.step, time.monotonic())
-        for record in loop.train(
+        if self._stopwatch is None or self._stopwatch.step != self.step:
+            self._stopwatch = stopwatch(self.trainer, [self.window], step=self.step)
+        records = loop.train(
             self.trainer.train_step,
             self.trainer.state,
             self.window,
@@ -113,7 +115,8 @@ class Run:
             empty=self.trainer.empty_window,
             closes=self._closes,
             pause=lambda at: wants_commit(at) or self.onlookers.wants(at, row=self._closes(at)),
-        ):
+        )
+        for record in self._stopwatch.watch(records):
             self._take(record)
             if record.settled and (self.onlookers.take_save() or self.onlookers.stop_reason or wants_commit(record.step)):
                 commit = self._commit()
@@ -279,18 +282,12 @@ class Run:
             yield self.trainer.put(batch)
 
     def _write_row(self, step: int, window: Any) -> None:
-        values: dict[str, Any] = self.trainer.get_metric_postprocess_fn()(metrics.compute(window))
+        assert self._stopwatch is not None
+        values: dict[str, Any] = metrics.compute(window)
+        values = self.trainer.get_metric_postprocess_fn()(values) | self._stopwatch.row(step, values)
         self.onlookers.row(step, values)
-        before, then = self._last_row
-        now = time.monotonic()
-        self._last_row = (step, now)
-        timed: dict[str, float] = {"time_step_s": round((now - then) / max(1, step - before), 6)}
-        if tokens := values.get("tokens_sum"):
-            # A window that an earlier life began holds tokens of that life too: count the share of this one.
-            length = (step - 1) % self.log_every + 1
-            timed["throughput_tokens_per_s"] = round(tokens * (step - before) / length / max(now - then, 1e-9), 1)
-        self.rows.append("train", step, values | timed)
-        self.on_row("train", step, values | timed)
+        self.rows.append("train", step, values)
+        self.on_row("train", step, values)
 
     def _check_data(self) -> None:
         vocab = getattr(self.config.model, "vocab_size", None)

@@ -30,3 +30,7 @@ class ModelConfig(PartConfig):
     def build(self) -> Model:
         """The model this config describes."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to build its model")
+
+    def flops_per_token(self, seq_len: int) -> float | None:
+        """Floating point operations, forward and backward, that training needs for a token of a row of `seq_len`; None: not said."""
+        return None

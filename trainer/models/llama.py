@@ -54,6 +54,16 @@ class LlamaConfig(ModelConfig):
         """Width of the feed-forward layer."""
         return self.mlp_width or -(-self.width * 8 // 3 // 32) * 32
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """6N + 12 L H Q T of PaLM (arXiv 2204.02311, appendix B), with N the parameters that take part in a product of matrices.
+
+        An embedding of its own does not: its rows are looked up. One that is tied counts, as the head. As in the paper the
+        attention of a row counts in full, though no token looks ahead or into other documents.
+        """
+        heads = self.width * self.head_size * (2 * self.num_heads + 2 * self.kv_heads)
+        products = self.num_layers * (heads + 3 * self.width * self.hidden) + self.vocab_size * self.width
+        return 6.0 * products + 12.0 * self.num_layers * self.num_heads * self.head_size * seq_len
+
     def build(self) -> Model:
         """The model; its flax modules are in `transformer.py`."""
         from .linen import LinenModel
