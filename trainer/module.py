@@ -296,7 +296,7 @@ class TrainerModule:
 
     def eval_metrics(self) -> list[str]:
         """The names of the values that an evaluation gives."""
-        return sorted(metrics.compute(jax.device_get(self.init_eval_metrics())))
+        return sorted(self.get_metric_postprocess_fn()(metrics.compute(jax.device_get(self.init_eval_metrics()))))
 
     def _eval_model_in_train_loop(self, val_loader: Any, epoch_idx: int) -> dict[str, Any]:
         """A validation between its two hooks."""

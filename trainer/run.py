@@ -305,16 +305,16 @@ class Run:
             raise ConfigError(f"checkpoint.monitor {monitor!r} is no value of an evaluation; choose one of {', '.join(names)}")
 
     def _eval_names(self) -> list[str]:
-        return [*self.trainer.eval_metrics(), "perplexity", "bits_per_byte"]
+        return [*self.trainer.eval_metrics(), "bits_per_byte"]
 
 
 def add_bits_per_byte(values: dict[str, Any], manifest: DataManifest, split: str) -> dict[str, Any]:
-    """With `loss` in nats per token also `perplexity`, and `bits_per_byte` = loss x tokens / (ln 2 x bytes of the split's text)."""
+    """With `loss` in nats per token also `bits_per_byte` = loss x tokens / (ln 2 x bytes of the split's text)."""
     if "loss" not in values or not math.isfinite(values["loss"]):
         return values
     found = manifest.split(split)
     bits = values["loss"] * found.tokens / (math.log(2) * found.bytes) if found.bytes else math.nan
-    return values | {"perplexity": math.exp(min(values["loss"], 700.0)), "bits_per_byte": bits}
+    return values | {"bits_per_byte": bits}
 
 
 def describe_devices(trainer: TrainerModule) -> dict[str, Any]:

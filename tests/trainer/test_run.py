@@ -1,5 +1,7 @@
 """A run in its directory: however it is cut into lives, the same bits and rows; what does not belong together is refused."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -161,8 +163,16 @@ def test_bits_per_byte_is_the_code_length_of_the_text_over_its_bytes(life, whole
     split = run.manifest.split("val")
     values = add_bits_per_byte({"loss": 2.0}, run.manifest, "val")
     assert values["bits_per_byte"] == pytest.approx(2.0 / np.log(2) * split.tokens / split.bytes)
-    assert values["perplexity"] == pytest.approx(np.e**2)
     run.close()
+
+
+def test_every_row_of_a_run_has_the_perplexity_of_its_loss(whole):
+    seen = set()
+    for (split, _), values in stable_rows(whole).items():
+        key = "perplexity_mean" if split == "train" else "perplexity"
+        assert values[key] == math.exp(values[key.replace("perplexity", "loss")])
+        seen.add(split)
+    assert seen == {"train", "val"}
 
 
 @pytest.mark.fault(5)

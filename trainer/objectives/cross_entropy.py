@@ -4,6 +4,9 @@ The loss is returned as (sum over tokens, number of tokens), so that microbatche
 tokens are weighted by what they hold.
 """
 
+import math
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +16,11 @@ from ..state import model_rngs
 
 if TYPE_CHECKING:
     from .lm import LMObjectiveConfig
+
+
+# `loss`, with the name of a data set before it or a log mode behind. The penalty on log Z is no loss, and neither the spread of
+# losses nor their sum is one whose exponential says anything.
+LOSS = re.compile(r"(.*(?<!z)_)?loss(_mean|_single|_max|_min)?")
 
 
 class LMObjective:
@@ -55,6 +63,12 @@ class LMObjective:
         return (total, tokens), (metrics, mutable)
 
     @staticmethod
+    def postprocess(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Host values with `perplexity` = exp(loss) beside each loss, under the same prefix and postfix."""
+        found = {m.expand(r"\1perplexity\2"): _exp(values[key]) for key in values if (m := LOSS.fullmatch(key))}
+        return {**values, **found}
+
+    @staticmethod
     def _logit_stats(logits: Any, mask: Any, tokens: Any) -> dict[str, Any]:
         kept = mask[..., None]
         squares = jnp.sum(jnp.where(kept, logits**2, 0.0), axis=-1)
@@ -63,3 +77,10 @@ class LMObjective:
             "logits_std": {"value": jnp.sum(jnp.where(mask, jnp.std(logits, axis=-1), 0.0)), "count": tokens},
             "logits_max": {"value": jnp.max(jnp.where(kept, logits, -jnp.inf)), "log_modes": ("max",)},
         }
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
