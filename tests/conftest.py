@@ -5,6 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("everstep", deadline=None)  # the machine is shared, and the first example compiles
+settings.load_profile("everstep")
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = "EVERSTEP_TEST_API_URL"

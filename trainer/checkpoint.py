@@ -11,17 +11,18 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from . import manifest
-from .errors import CheckpointError
+from . import digest, manifest
+from .errors import CheckpointError, DamagedError
 from .files import fsync
 from .manifest import DIGITS, Commit, name_of, steps_in
-from .params import digest, flatten, nested, unflatten
+from .params import digest as sha256_of
+from .params import flatten, nested, unflatten
 from .state import TrainState
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,12 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run; one writer. `run_dir` holds `checkpoints/` and, where needed, `damaged/`."""
 
-    def __init__(self, run_dir: Path | str):
+    def __init__(self, run_dir: Path | str, *, device_digest: Literal["sampled", "full", "off"] = "sampled"):
         run_dir = Path(run_dir).absolute()  # Orbax takes absolute paths only, and says so in the background
         self.root, self.damaged = run_dir / "checkpoints", run_dir / "damaged"
         self.root.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None
+        self._device_digest = device_digest
         self._set_aside_what_is_not_whole()
         handlers = {
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
@@ -70,10 +72,12 @@ class Checkpoints:
         """
         assert self._saving is None, "a save is under way: finish it first"
         step = int(state.step)
+        params, train, held = flatten(state.params, "params"), _train_arrays(state, window), flatten(extra, "extra")
+        digests = digest.digests(digest.choose({**params, **train, **held}, step=step, how=self._device_digest))
         args = ocp.args.Composite(
             params=ocp.args.PyTreeSave(state.params),
-            train=ocp.args.PyTreeSave({**_train_arrays(state, window), **flatten(extra, "extra")}),
-            meta=ocp.args.JsonSave({"step": step, "extra": sorted(flatten(extra, "extra")), **meta}),
+            train=ocp.args.PyTreeSave({**train, **held}),
+            meta=ocp.args.JsonSave({"step": step, "extra": sorted(held), "device_digest": digests, **meta}),
         )
         if not self._manager.save(step, args=args):
             newest = max(self.steps(), default=None)
@@ -94,8 +98,8 @@ class Checkpoints:
     def restore(self, step: int, state: TrainState, window: Any) -> Restored:
         """A committed step, laid out as `state` and `window` (arrays or shapes with shardings).
 
-        Raises CheckpointError where the files are damaged or
-        hold other shapes or dtypes.
+        Raises DamagedError where the files are damaged, or what comes of them on the devices is not what was there when it was
+        saved; CheckpointError where they hold other shapes or dtypes.
         """
         self._check(step)
         like = _train_arrays(state, window)
@@ -108,6 +112,7 @@ class Checkpoints:
         extra = {path: found.train.pop(path) for path in saved}
         _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(found.params, "params"), **found.train})
         params, flat = owned((found.params, found.train))
+        self._check_digests(step, found.meta.get("device_digest", {}), {**flatten(params, "params"), **flat, **extra})
         new = TrainState(flat["step"], params, unflatten(state.opt_state, flat, "opt_state"), unflatten(state.mutable, flat, "mutable"))
         return Restored(new, unflatten(window, flat, "window"), found.meta, nested(extra).get("extra", {}))
 
@@ -124,8 +129,7 @@ class Checkpoints:
         """The newest step whose files are all as its manifest says; damaged ones on the way are set aside with a warning."""
         for step in reversed(self.steps()):
             if wrong := manifest.problems(self.root / name_of(step), step):
-                self._set_aside(step, wrong)
-                self._manager.reload()
+                self.set_aside(step, wrong)
             else:
                 return step
         return None
@@ -134,9 +138,23 @@ class Checkpoints:
         """Wait for the background and let go; an unfinished save does not become a checkpoint."""
         self._manager.close()
 
+    def set_aside(self, step: int, wrong: list[str]) -> None:
+        """Move a checkpoint that cannot be used to `damaged/`, where nothing reads it."""
+        self._set_aside(step, wrong)
+        self._manager.reload()
+
+    def _check_digests(self, step: int, saved: dict[str, str], found: dict[str, Any]) -> None:
+        now = digest.digests({path: found[path] for path in saved})
+        if wrong := [path for path in saved if now[path] != saved[path]]:
+            raise DamagedError(
+                f"checkpoint {step} gives back other values than the devices held at {', '.join(wrong[:3])}"
+                + (f" and {len(wrong) - 3} more arrays" if len(wrong) > 3 else "")
+                + ": memory or a disk of this machine may be failing"
+            )
+
     def _check(self, step: int) -> None:
         if wrong := manifest.problems(self.root / name_of(step), step):
-            raise CheckpointError(f"checkpoint {step} is damaged: {'; '.join(wrong[:3])}; run `everstep verify` for all of it")
+            raise DamagedError(f"checkpoint {step} is damaged: {'; '.join(wrong[:3])}; run `everstep verify` for all of it")
 
     def _set_aside_what_is_not_whole(self) -> None:
         for path in self.root.iterdir():
@@ -204,7 +222,7 @@ def verify(run_dir: Path | str) -> list[dict[str, Any]]:
             meta = json.loads((folder / "meta" / "metadata").read_text())
             loader = np.frombuffer(json.dumps(meta.get("loader"), sort_keys=True).encode(), np.uint8)
             flat = flatten(params, "params")
-            row |= {"params_sha256": digest(flat), "state_sha256": digest({**flat, **rest, "loader": loader})}
+            row |= {"params_sha256": sha256_of(flat), "state_sha256": sha256_of({**flat, **rest, "loader": loader})}
         out.append(row)
     return out
 

@@ -36,6 +36,10 @@ class CheckpointError(EverstepError):
     """No checkpoint can be used, or one does not hold what was asked of it."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint does not give back what was saved; another may."""
+
+
 class StorageError(EverstepError):
     """A file or object store refused or lost something; trying again may help."""
 

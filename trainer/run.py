@@ -18,7 +18,7 @@ from . import loop, manifest, metrics
 from .assemble import TrainingConfig
 from .checkpoint import Checkpoints
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
-from .errors import CheckpointError, ConfigError, DataError, StoppedError
+from .errors import CheckpointError, ConfigError, DamagedError, DataError, StoppedError
 from .fingerprint import differences, fingerprint
 from .generate import generate
 from .manifest import Commit, name_of
@@ -57,7 +57,7 @@ class Run:
         self._check_data()
         self.loader = train_loader(data, self.manifest, batch_size=config.data.batch_size, seed=config.trainer.seed)
         self.rows = Rows(run_dir.metrics)
-        self.store = Checkpoints(run_dir.path)
+        self.store = Checkpoints(run_dir.path, device_digest=config.checkpoint.device_digest)
         self.fingerprint = fingerprint(trainer.mesh)
         self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else config.num_steps
         self.window: Any = None
@@ -71,13 +71,15 @@ class Run:
 
     def open(self) -> Commit:
         """The newest commit, restored; where there is none, step 0 is made and committed. Later rows are cut."""
-        newest = self.store.newest_whole()
+        while (newest := self.store.newest_whole()) is not None:
+            try:
+                self._restore(newest)
+                break
+            except DamagedError as e:
+                self.store.set_aside(newest, [str(e)])
         if newest is None:
             self._refuse_to_forget()
-            commit = self._begin()
-        else:
-            self._restore(newest)
-            commit = self._commit_of(newest)
+        commit = self._begin() if newest is None else self._commit_of(newest)
         self.onlookers.begin(num_steps=self.config.num_steps, loader=self.loader, eval_names=self._eval_names())
         return replace(commit, stop=self.onlookers.stop_reason)
 

@@ -14,7 +14,7 @@ import pytest
 
 from trainer import checkpoint, manifest, metrics
 from trainer.checkpoint import Checkpoints, verify
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DamagedError
 from trainer.manifest import name_of
 from trainer.state import TrainState
 
@@ -55,7 +55,7 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(good):
     store = Checkpoints(good)
     found = store.restore(10, state_at(0), window_at(0))
     assert equal(found.state, state_at(10)) and equal(found.window, window_at(10))
-    assert found.meta == {"step": 10, "extra": [], "loader": {"next_index": 10}} and found.extra == {}
+    assert found.meta.items() >= {"step": 10, "extra": [], "loader": {"next_index": 10}}.items() and found.extra == {}
     assert store.newest_whole() == 20
 
 
@@ -130,6 +130,33 @@ def test_other_shapes_and_dtypes_are_refused_not_cast(good):
 
 
 @pytest.mark.fault(28)
+def test_what_was_lost_between_device_and_file_is_seen_though_every_file_is_as_its_manifest_says(good, tmp_path):
+    """A bit flips in host memory before Orbax writes it: checksums of files are then of the wrong bytes."""
+    place = tmp_path / "run"
+    shutil.copytree(good, place)
+    digests = json.loads((place / "checkpoints" / name_of(20) / "meta" / "metadata").read_text())["device_digest"]
+    wrong = state_at(20)
+    bits = np.asarray(wrong.params["a"]["w"]).view(np.uint32).copy()
+    bits[3, 2] ^= 1
+    wrong.params["a"]["w"] = jnp.asarray(bits.view(np.float32))
+    other = tmp_path / "other"
+    store = Checkpoints(other)
+    store.save(wrong, window_at(20), {"loader": {"next_index": 20}})
+    store.finish()
+    store.close()
+    folder = place / "checkpoints" / name_of(20)
+    shutil.rmtree(folder / "params")
+    shutil.copytree(other / "checkpoints" / name_of(20) / "params", folder / "params")
+    manifest.write(folder, 20)
+    assert not manifest.problems(folder, 20)
+    store = Checkpoints(place)
+    with pytest.raises(DamagedError, match=r"params\.a\.w"):
+        store.restore(20, state_at(0), window_at(0))
+    store.set_aside(20, ["as said"])
+    assert store.newest_whole() == 10
+    assert digests.keys() >= {"params.a.w", "params.b", "step"}
+
+
 def test_a_save_below_the_newest_step_is_an_error_not_silence(tmp_path):
     commit(tmp_path, 10, 20)
     store = Checkpoints(tmp_path)

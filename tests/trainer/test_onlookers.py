@@ -4,7 +4,7 @@ import csv
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.lives import digests, stable_rows
@@ -197,7 +197,6 @@ EVENTS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(EVENTS)
 def test_after_any_failures_and_deaths_a_logger_has_the_rows_of_the_run_in_their_order(tmp_path_factory, events):
     folder = tmp_path_factory.mktemp("follow")
