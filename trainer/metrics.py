@@ -48,7 +48,8 @@ def lift(x: Any) -> tuple[Array, Array]:
 def parse(metrics: Mapping[str, Any], default_modes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What a loss function returned, as `{key: {value, count, modes}}` with pairs for value and count.
 
-    Raises ValueError for a value that is no scalar, or an unknown mode.
+    What asks for nothing but its maximum (or minimum) and gives no count is one already, of what it was made from; it has none.
+    Raises ValueError for a value or count that is no scalar, or an unknown mode.
     """
     out = {}
     for key, entry in metrics.items():
@@ -56,17 +57,31 @@ def parse(metrics: Mapping[str, Any], default_modes: Sequence[str]) -> dict[str,
         modes = Modes(given.get("log_modes") or default_modes)
         if unknown := [m for m in modes if m not in POSTFIX]:
             raise ValueError(f"metric {key!r}: log mode {unknown[0]!r} is none of {', '.join(POSTFIX)}")
-        if jnp.ndim(given["value"]):
-            raise ValueError(f"metric {key!r} has shape {jnp.shape(given['value'])}; a metric is a scalar")
+        if "value" not in given:
+            raise ValueError(f"metric {key!r} has no 'value'; a metric is a scalar or a dictionary of value, count and log_modes")
+        for name in ("value", "count"):
+            x = given.get(name, 1)
+            if not isinstance(x, int | float | np.generic | np.ndarray | Array) or jnp.ndim(x):
+                what = f"shape {jnp.shape(x)}" if hasattr(x, "shape") else f"type {type(x).__name__}"
+                raise ValueError(f"the {name} of metric {key!r} has {what}; a metric is a scalar")
         if "/" in key:
             raise ValueError(f"metric name {key!r} has a '/' in it; use '_'")
-        out[key] = {"value": lift(given["value"]), "count": lift(given.get("count", 1)), "modes": modes}
+        out[key] = {"value": lift(given["value"]), "modes": modes}
+        if "count" in given or tuple(given.get("log_modes") or ()) not in (("max",), ("min",)):
+            out[key]["count"] = lift(given.get("count", 1))
     return out
 
 
 def merge_batch(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of two microbatches as those of their union: values and counts add."""
-    return {k: {"value": add(a[k]["value"], b[k]["value"]), "count": add(a[k]["count"], b[k]["count"]), "modes": a[k]["modes"]} for k in a}
+    """Metrics of two microbatches as those of their union: values and counts add, of what has no count the extreme stays."""
+
+    def one(x: Mapping[str, Any], y: Mapping[str, Any]) -> dict[str, Any]:
+        if "count" in x:
+            return {"value": add(x["value"], y["value"]), "count": add(x["count"], y["count"]), "modes": x["modes"]}
+        extreme = jnp.maximum if x["modes"] == ("max",) else jnp.minimum
+        return {"value": jax.tree.map(extreme, x["value"], y["value"]), "modes": x["modes"]}
+
+    return {k: one(a[k], b[k]) for k in a}
 
 
 def window_of(step: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +89,7 @@ def window_of(step: Mapping[str, Any]) -> dict[str, Any]:
     one = (jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
     out: dict[str, Any] = {}
     for key, m in step.items():
-        mean = m["value"][0] / m["count"][0]
+        mean = m["value"][0] / m["count"][0] if "count" in m else m["value"][0]
         w: dict[str, Any] = {"modes": m["modes"]}
         if {"mean", "mean_nopostfix", "sum"} & set(m["modes"]):
             w |= {"value": m["value"], "count": m["count"]}
@@ -120,8 +135,9 @@ def merge(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> dict[str, Any]:
             n, m = x["steps"][0], y["steps"][0]
             delta = y["center"] - x["center"]
             w["steps"] = add(x["steps"], y["steps"])
-            w["center"] = x["center"] + delta * (m / (n + m))
-            w["spread"] = x["spread"] + y["spread"] + delta * delta * (n * m / (n + m))
+            share = m / jnp.maximum(n + m, 1)  # two windows of no step make one more
+            w["center"] = x["center"] + delta * share
+            w["spread"] = x["spread"] + y["spread"] + delta * delta * n * share
         out[key] = w
     return out
 
