@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-
 from .errors import DataError
 
 
@@ -20,12 +18,3 @@ def run(eval_step: Callable, weights: tuple[Any, dict[str, Any]], batches: Itera
     if not seen:
         raise DataError("there is nothing to evaluate on: the split has no batch; prepare the data with a larger fraction for it")
     return window
-
-
-def check_like(batch: Any, example: Any) -> None:
-    """See that a training batch has the shapes of the example. Raises DataError: another shape would compile another step."""
-    have, want = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (batch, example))
-    if have != want:
-        raise DataError(
-            f"a training batch has the shapes {have}, but the trainer was made for {want}; drop or pad a last batch that is smaller"
-        )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from . import loop
+from . import contract, loop
 from .errors import ConfigError, DivergedError
 from .feed import Feed, length
 from .params import count
@@ -163,6 +163,18 @@ def look_up(trainer: "TrainerModule", plan: Plan, step: int, val_loader: Any) ->
     if plan.ends_epoch(step) and step < plan.total:
         trainer.on_training_epoch_start(epoch + 1)
     return results
+
+
+def check_evaluation(trainer: "TrainerModule", loader: Any) -> None:
+    """Trace the evaluation on shapes, and look at the first batch of those loaders that give it again.
+
+    Raises ConfigError or DataError for what would fail at the first validation.
+    """
+    for one in loader.values() if isinstance(loader, Mapping) else [loader]:
+        if (batch := contract.first_of(one)) is not None:
+            contract.check_batch_like(batch, trainer.exmp_batch, rows=False, what="a batch to evaluate on")
+    step, shapes = trainer.create_evaluation_step_function(), trainer.shapes
+    jax.eval_shape(step, shapes.params, shapes.mutable, None, trainer.exmp_batch)
 
 
 def validate_averages(trainer: "TrainerModule", loader: Any) -> None:

@@ -5,14 +5,13 @@ it is first asked for, or restored. A subclass may override how any of it is don
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 
-from . import evaluate, fit, metrics, params, restore
+from . import contract, evaluate, fit, metrics, params, restore
 from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
@@ -23,8 +22,6 @@ from .objectives.base import Objective
 from .optimizers.base import Optimizer, OptimizerConfig
 from .state import TrainState, make_init, model_rngs, state_shardings
 from .step import empty_window, make_eval_step, make_train_step
-
-log = logging.getLogger(__name__)
 
 
 class TrainerModule:
@@ -217,14 +214,15 @@ class TrainerModule:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.init_train_metrics())
 
     def put(self, batch: Any) -> Any:
-        """A host batch on the mesh, cut along its first dim over data and fsdp; whole on each device where it does not divide."""
+        """A host batch of any number of rows on the mesh, cut over data and fsdp; whole on each device where it does not divide."""
+        contract.check_batch_like(batch, self.exmp_batch, rows=False, what="a batch")
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         divides = all(x.shape[0] % ways == 0 for x in jax.tree.leaves(batch))
         return jax.device_put(batch, batch_sharding(self.mesh) if divides else replicated(self.mesh))
 
     def put_train(self, batch: Any) -> Any:
         """A training batch on the mesh. Raises DataError where it has not the shapes of the example batch."""
-        evaluate.check_like(batch, self.exmp_batch)
+        contract.check_batch_like(batch, self.exmp_batch, rows=True, what="a training batch")
         return jax.device_put(batch, batch_sharding(self.mesh))
 
     def get_num_params(self) -> int:
@@ -318,12 +316,8 @@ class TrainerModule:
         return values
 
     def test_eval_function(self, val_loader: Any) -> None:
-        """Trace the evaluation function on the shapes of a batch, so that a mistake shows before hours of training.
-
-        No batch is taken from the loader: one that can be used once still has all of them.
-        """
-        window = jax.eval_shape(self.create_evaluation_step_function(), self.shapes.params, self.shapes.mutable, None, self.exmp_batch)
-        log.debug("an evaluation gives %s", ", ".join(sorted(window)))
+        """Trace the evaluation function on shapes, so that a mistake shows before hours of training; no batch is used up."""
+        fit.check_evaluation(self, val_loader)
 
     def log_training_info(
         self, num_epochs: Any, num_train_steps: Any, steps_per_epoch: Any, train_loader: Any, val_loader: Any, test_loader: Any

@@ -13,6 +13,7 @@ import optax
 
 from . import metrics as m
 from .config import TrainerConfig
+from .contract import read_loss
 from .intermediates import as_metrics
 from .optimizers.base import Optimizer
 from .params import flatten
@@ -49,8 +50,7 @@ def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, c
 
     def gradients(params: Any, mutable: Any, batch: Any, key: jax.Array) -> tuple:
         def total(p: Any) -> tuple:
-            out, (found, updated) = loss(p, bind(apply, mutable), batch, key, True)
-            value, weight = out if isinstance(out, tuple) else (out, 1.0)
+            value, weight, found, updated = read_loss(loss(p, bind(apply, mutable), batch, key, True), of=loss)
             sown = updated.get("intermediates", {})
             parsed = m.parse(found, config.default_train_log_modes)
             if config.log_intermediates:
@@ -128,7 +128,8 @@ def make_eval_step(loss: LossFunction, apply: Callable, config: TrainerConfig) -
     """`(params, mutable, window, batch) -> window`; metrics as means without postfix, the model not in training."""
 
     def eval_step(params: Any, mutable: Any, window: Any, batch: Any) -> Any:
-        _, (found, _) = loss(params, bind(apply, mutable), batch, jax.random.key(config.seed_eval), False)
+        returned = loss(params, bind(apply, mutable), batch, jax.random.key(config.seed_eval), False)
+        _, _, found, _ = read_loss(returned, of=loss)
         return m.merge(window, m.window_of(m.parse(_plain(found), ())))
 
     return eval_step
