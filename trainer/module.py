@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import jax
 
-from . import contract, evaluate, fit, metrics, params, restore
+from . import contract, evaluate, fit, metrics, params, per_sample, restore
 from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
@@ -314,6 +314,10 @@ class TrainerModule:
             self.on_test_epoch_end(values, epoch_idx)
         self.desk.write("test", self.global_step, values)
         return values
+
+    def evaluate_per_sample(self, data_loader: Any) -> dict[str, Any]:
+        """{metric: (samples,) float32}: the value of each row of the loader's batches, in order, without rows of padding."""
+        return fit.over_loaders(data_loader, lambda loader: per_sample.evaluate(self, loader))
 
     def test_eval_function(self, val_loader: Any) -> None:
         """Trace the evaluation function on shapes, so that a mistake shows before hours of training; no batch is used up."""
