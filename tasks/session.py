@@ -32,7 +32,7 @@ def training_config(config: RunConfig) -> dict[str, Any]:
     """What the trainer process is told of a run; see trainer.assemble.TrainingConfig."""
     data = config.to_dict()
     parts = ("num_steps", "model", "objective", "optimizer", "trainer", "mesh", "checkpoint")
-    kept = {"kind": data["data"]["kind"], **{k: data["data"][k] for k in ("seq_len", "batch_size", "eval_batch_size")}}
+    kept = {"kind": data["data"]["kind"], **{k: data["data"][k] for k in ("seq_len", "batch_size", "eval_batch_size", "leave_out")}}
     return {**{k: data[k] for k in parts}, "data": kept, "config_digest": config_digest(config)}
 
 

@@ -55,7 +55,9 @@ class Run:
         self.should_stop, self.on_step, self.on_row, self.require_exact = should_stop, on_step, on_row, require_exact
         self.manifest: DataManifest = load_manifest(data)
         self._check_data()
-        self.loader = train_loader(data, self.manifest, batch_size=config.data.batch_size, seed=config.trainer.seed)
+        self.loader = train_loader(
+            data, self.manifest, batch_size=config.data.batch_size, seed=config.trainer.seed, leave_out=config.data.leave_out
+        )
         self.rows = Rows(run_dir.metrics)
         self.store = Checkpoints(run_dir.path, device_digest=config.checkpoint.device_digest)
         self.fingerprint = fingerprint(trainer.mesh)

@@ -9,10 +9,11 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from configs.prepare import TextDataConfig, TokenizerConfig
 from tasks.preparation import prepare
-from trainer.data import PackedConfig, ShardedRows, eval_batches, load_manifest, train_loader
+from trainer.data import PackedConfig, ShardedRows, eval_batches, load_manifest, place_of, train_loader
 from trainer.data.base import FIELDS
 from trainer.errors import DataError
 from trainer.files import seal
@@ -99,7 +100,7 @@ def test_several_shards_read_as_one_sequence(data):
     assert same({f: np.stack([rows[i][f] for i in range(len(rows))]) for f in FIELDS}, stacked(parts))
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("num_processes", [2, 4, 6])
 def test_the_global_batch_does_not_depend_on_the_number_of_processes(data, num_processes):
     alone = list(islice(train_loader(*data, batch_size=12, seed=3), 40))
     parts = [train_loader(*data, batch_size=12, seed=3, num_processes=num_processes, process_index=p) for p in range(num_processes)]
@@ -140,6 +141,51 @@ def test_the_state_is_that_of_the_batch_handed_out_not_of_the_one_read_ahead(dat
     expected = [next(loader) for _ in range(3)]
     loader.set_state(state)  # back, with batches beyond it already in the buffer
     assert all(map(same, expected, [next(loader) for _ in range(3)]))
+
+
+LEFT_OUT = ((0, 2), (5, 6), (9, 13), (13, 14))
+
+
+def test_batches_that_are_left_out_are_passed_over_and_the_others_stay_what_they_were(data):
+    loader = train_loader(*data, batch_size=8, seed=1, leave_out=LEFT_OUT)
+    plain = list(islice(train_loader(*data, batch_size=8, seed=1), 30))
+    kept = [place for place in range(30) if not any(a <= place < b for a, b in LEFT_OUT)]
+    for step, place in enumerate(kept, 1):
+        assert same(next(loader), plain[place])
+        assert loader.get_state() == {"next_index": place + 1} and place_of(step, LEFT_OUT) == place
+    for step in range(len(kept)):  # and from wherever a life begins
+        loader.set_state({"next_index": place_of(step, LEFT_OUT) + 1 if step else 0})
+        assert same(next(loader), plain[kept[step]])
+
+
+@pytest.mark.parametrize("ranges", [[[3, 3]], [[5, 2]], [[4, 6], [1, 2]], [[1, 4], [3, 6]], [[-1, 2]]])
+def test_ranges_to_leave_out_that_are_no_ranges_are_refused(ranges):
+    with pytest.raises(ValidationError, match="ascending"):
+        PackedConfig(kind="packed", leave_out=ranges)
+
+
+def test_each_row_is_read_once_an_epoch_through_kills_and_changes_of_the_number_of_processes(data):
+    folder, manifest = data
+    truth, batch_size, epochs = keys_of(all_rows(folder, manifest)), 8, 8
+    steps = epochs * len(truth) // batch_size  # whole epochs, whatever the number of rows
+    ledger, step, lives, rng = Counter(), 0, 0, np.random.default_rng(11)
+    while step < steps:
+        num_processes = [1, 2, 4, 8][lives % 4]
+        loaders = [
+            train_loader(folder, manifest, batch_size=batch_size, seed=7, num_processes=num_processes, process_index=p)
+            for p in range(num_processes)
+        ]
+        for loader in loaders:
+            loader.set_state({"next_index": step})
+        for k in range(7):  # killed at the seventh step; what a life reads ahead or after its last commit is nobody's
+            batch = stacked([next(loader) for loader in loaders])
+            if k <= rng.integers(7) and step < steps:
+                ledger.update(keys_of(batch))
+                step += 1
+            else:
+                break
+        lives += 1
+    assert lives > 10 and ledger == Counter({key: n * epochs for key, n in Counter(truth).items()})
 
 
 @pytest.mark.parametrize("state", [{}, {"next_index": -1}, {"next_index": "3"}, {"next_index": True}, {"next_index": 1, "epoch": 0}])

@@ -1,6 +1,7 @@
 """The index of data: how prepared rows are loaded, and the tokenizer that made them."""
 
-from .packed import DataManifest, PackedConfig, ShardedRows, eval_batches, load_manifest, train_loader
+from .loader import eval_batches, place_of, train_loader
+from .packed import DataManifest, PackedConfig, ShardedRows, load_manifest
 from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "eval_batches",
     "load_manifest",
     "load_tokenizer",
+    "place_of",
     "train_loader",
 ]

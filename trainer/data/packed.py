@@ -1,16 +1,11 @@
-"""Rows of tokens on disk: their config and manifest, random access to them, and the batches of training and evaluation.
-
-A training batch is a function of (seed, position): Grain shuffles row numbers with a permutation that is computed, not
-stored, so a loader's whole state is one number and any place in any epoch costs the same. Processes cut the batches,
-never the rows, so the global batch does not depend on how many there are.
-"""
+"""Rows of tokens on disk: their config and manifest, and random access to them."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from ..config import Config, PartConfig
 from ..errors import DataError
@@ -18,8 +13,6 @@ from ..files import unseal
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from .base import Batch, Loader
 
 NAME = "manifest.json"
 VERSION = 1  # of the files below a prepared folder; part of their digest
@@ -31,6 +24,15 @@ class PackedConfig(PartConfig):
     seq_len: int = Field(128, ge=2, le=2**24)  # tokens a row
     batch_size: int = Field(16, ge=1, le=2**20)  # rows of the global batch of one step
     eval_batch_size: int | None = Field(None, ge=1)  # rows; None: batch_size
+    leave_out: tuple[tuple[int, int], ...] = ()  # ranges [a, b) of places in the order of training batches, which are passed over
+
+    @field_validator("leave_out")
+    @classmethod
+    def _in_order(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        ends = [end for pair in value for end in pair]
+        if ends != sorted(ends) or any(a == b for a, b in value) or ends[:1] < [0] * len(ends[:1]):
+            raise ValueError(f"leave_out {value} must be ranges [a, b) with 0 <= a < b, in ascending order and apart; sort and join them")
+        return value
 
 
 class FileRecord(Config):
@@ -162,86 +164,3 @@ class ShardedRows:
 
     def __repr__(self) -> str:
         return f"ShardedRows({len(self)} rows in {len(self.paths)} files)"
-
-
-def _rows(folder: str | Path, manifest: DataManifest, split: str) -> ShardedRows:
-    record = manifest.split(split)
-    rows = ShardedRows([Path(folder) / shard.file for shard in record.shards])
-    if len(rows) != record.rows:
-        raise DataError(
-            f"the {split} shards of {folder} hold {len(rows)} rows, the manifest says {record.rows}; delete it and prepare again"
-        )
-    return rows
-
-
-class _GrainLoader:
-    """A Loader over a Grain dataset of batches; its state is that of the last batch handed out, not of the last one read ahead."""
-
-    def __init__(self, dataset: Any):
-        self._iterator = iter(dataset)
-
-    def __iter__(self) -> "Iterator[Batch]":
-        return self
-
-    def __next__(self) -> "Batch":
-        return next(self._iterator)
-
-    def get_state(self) -> dict[str, Any]:
-        return {"next_index": int(self._iterator.get_state()["next_index"])}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        place = state.get("next_index")
-        if set(state) != {"next_index"} or type(place) is not int or place < 0:
-            raise DataError(f"{state!r} is no place in the data; it must read {{'next_index': batches handed out}}")
-        self._iterator.set_state({"next_index": place})
-
-
-def train_loader(
-    folder: str | Path,
-    manifest: DataManifest,
-    *,
-    batch_size: int,
-    seed: int,
-    num_processes: int = 1,
-    process_index: int = 0,
-) -> "Loader":
-    """The endless training batches of one process, (batch_size // num_processes, seq) each, in an order drawn per epoch.
-
-    The global batch is the processes' batches one after the other, the same for any `num_processes`; one that lies on the
-    border of two epochs takes rows of both. Raises DataError if the processes do not divide the batch, or the training
-    split has fewer rows than one.
-    """
-    import grain
-
-    if batch_size % num_processes:
-        raise DataError(f"batch_size {batch_size} cannot be divided among {num_processes} processes; make it a multiple of {num_processes}")
-    rows = _rows(folder, manifest, "train")
-    if len(rows) < batch_size:
-        raise DataError(
-            f"{len(rows)} training rows of {manifest.seq_len} tokens are fewer than one batch of {batch_size}; "
-            "lower data.batch_size or data.seq_len, or give more text"
-        )
-    # The slice comes after the batch: slicing rows first would change which rows meet in a global batch.
-    dataset = grain.MapDataset.source(rows).shuffle(seed).repeat(None)
-    dataset = dataset.batch(batch_size // num_processes)[process_index::num_processes]
-    return _GrainLoader(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
-
-
-def eval_batches(folder: str | Path, manifest: DataManifest, split: str, *, batch_size: int) -> "Iterator[Batch]":
-    """Every row of `split` once, in order, as batches of (batch_size, seq); the last is filled up with rows of padding.
-
-    Raises DataError, before the first batch, if the data has no such split.
-    """
-    rows = _rows(folder, manifest, split)
-
-    def batches() -> "Iterator[Batch]":
-        import numpy as np
-
-        for start in range(0, len(rows), batch_size):
-            taken = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            batch = {field: np.zeros((batch_size, manifest.seq_len), np.int32) for field in taken[0]}  # segment 0 is padding
-            for field, array in batch.items():
-                array[: len(taken)] = [row[field] for row in taken]
-            yield batch
-
-    return batches()
