@@ -17,6 +17,7 @@ from .config import TrainerConfig, load_object
 from .errors import CheckpointError, StorageError
 from .feed import has_state
 from .files import write_atomic
+from .mesh import replicated
 from .retention import best_step
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def load_model(trainer: "TrainerModule", *, step_idx: int, required: bool) -> in
         return None
     desk = trainer.desk
     desk.reset_windows()
-    like = {"open": desk.window, "row": jax.device_put(desk.pieces.row), "epoch": jax.device_put(desk.pieces.epoch)}
+    like = jax.device_put({"open": desk.window, "row": desk.pieces.row, "epoch": desk.pieces.epoch}, replicated(trainer.mesh))
     found = store.restore(step, trainer.shapes, like)
     windows = found.window
     trainer.state, trainer.global_step = found.state, step

@@ -23,12 +23,15 @@ LossFunction = Callable[..., tuple[Any, tuple[dict, dict]]]  # see objectives.ba
 
 
 def bind(apply: Callable, mutable: dict[str, Any]) -> Callable:
-    """`apply` with the model's other collections at hand, and updated wherever a training loss asks for any update."""
+    """`apply` with the model's other collections at hand, and updated wherever a training loss asks for any update.
+
+    As with linen's own, a loss that asks for none with `mutable=[...]` gets the outputs alone.
+    """
 
     def apply_fn(variables: dict[str, Any], inputs: Any, *, train: bool = False, **kwargs: Any) -> Any:
-        asked = kwargs.pop("mutable", [])
-        names = [*asked, *mutable] if asked and train else asked
-        return apply({**mutable, **variables}, inputs, train=train, mutable=names, **kwargs)
+        if asked := kwargs.pop("mutable", None):
+            kwargs["mutable"] = [*asked, *mutable] if train else asked
+        return apply({**mutable, **variables}, inputs, train=train, **kwargs)
 
     return apply_fn
 

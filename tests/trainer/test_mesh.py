@@ -43,26 +43,6 @@ for data, fsdp, model in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (2, 2, 2)]
 print(json.dumps(out))
 """
 
-TOY = """
-import json
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-import numpy as np
-from tests.trainer.toy import Regression, make_data, make_trainer
-from trainer.mesh import AXES
-
-out = {}
-for noisy in (False, True):
-    base = make_trainer(noisy)
-    for data, model in [(1, 1), (2, 2), (1, 8), (8, 1)]:
-        devices = np.asarray(jax.devices()[: data * model]).reshape(data, 1, 1, model)
-        config = base.trainer_config.replace(check_val_every_n_steps=8)
-        trainer = Regression(config, base.model_config, base.optimizer_config, base.exmp_batch, jax.sharding.Mesh(devices, AXES))
-        result = trainer.train_model(make_data(), make_data(2, seed=1), num_train_steps=48)
-        out[f"{noisy} {data}x{model}"] = [v["loss"] for v in result.values()]
-print(json.dumps(out))
-"""
-
 
 def on_eight_devices(code):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -79,13 +59,3 @@ def test_a_language_model_has_the_same_losses_on_every_mesh_and_the_smaller_shar
     shares = {mesh: one["share"] for mesh, one in found.items()}
     assert shares["8x1x1"] == 1.0
     assert shares["1x8x1"] < 0.14 and shares["1x1x8"] < 0.14 and shares["2x4x1"] < 0.27 and shares["2x2x2"] < 0.27
-
-
-def test_a_toy_regression_has_the_same_curve_on_every_mesh_with_batch_norm_and_dropout_too():
-    found = on_eight_devices(TOY)
-    for noisy in ("False", "True"):
-        curves = {k: v for k, v in found.items() if k.startswith(noisy)}
-        reference = curves[f"{noisy} 1x1"]
-        assert reference[-1] < 0.1
-        for mesh, curve in curves.items():
-            assert max(abs(a - b) for a, b in zip(curve, reference, strict=True)) < 1e-4, mesh

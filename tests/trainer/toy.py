@@ -56,13 +56,15 @@ def make_data(num_batches=8, rows=16, seed=0):
 
 
 def make_trainer(noisy=False, mesh=None, lr=2e-2, **config):
-    """A trainer of the toy; `mesh` is (data, model)."""
-    data, model = mesh or (-1, 1)
+    """A trainer of the toy, on the first devices that the `mesh` config asks for, or on all."""
+    mesh = mesh or MeshConfig(fsdp_min_size=0)
+    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.model] if mesh.data > 0 else None
     config = {"enable_progress_bar": False, "check_val_every_n_epoch": -1, **config}
     return Regression(
         TrainerConfig(**config),
         MLPConfig(noisy=noisy),
         AdamWConfig(schedule=ScheduleConfig(kind="constant", lr=lr), weight_decay=0.0),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_data(1)[0]),
-        mesh_config=MeshConfig(data=data, model=model, fsdp_min_size=0),
+        mesh.build(devices),
+        mesh_config=mesh,
     )
