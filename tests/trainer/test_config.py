@@ -3,16 +3,31 @@
 import json
 import subprocess
 import sys
+from typing import Annotated, get_args
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from trainer.callbacks import (
+    CheckpointCallbackConfig,
+    EarlyStoppingConfig,
+    EMAConfig,
+    GradientWatcherConfig,
+    LRMonitorConfig,
+    ProfilerConfig,
+    SummaryConfig,
+    ThroughputConfig,
+)
 from trainer.config import LoggerConfig, TrainerConfig
 from trainer.errors import ConfigError, DivergedError, describe, revive
+from trainer.loggers import ConsoleLoggerConfig, CsvLoggerConfig, JsonlLoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
 from trainer.mesh import MeshConfig
 from trainer.models import AnyModelConfig, LlamaConfig
 from trainer.optimizers import ScheduleConfig
+from trainer.retention import CheckpointConfig
 
 
 @pytest.mark.fault(35)
@@ -27,6 +42,72 @@ def test_from_dict_inverts_to_dict_through_json():
     data = json.loads(json.dumps(config.to_dict()))
     assert TrainerConfig.from_dict(TrainerConfig, data) == config
     assert TrainerConfig.from_dict(bool, "False") is False
+
+
+def configs_of(cls, **given):
+    """Any config of a class: each field any value of its type and bounds, save for those that are given."""
+
+    def value(name, field):
+        if name in given or not field.metadata:
+            return given.get(name) or st.from_type(field.annotation)
+        kinds = [a for a in get_args(field.annotation) if a is not type(None)] or [field.annotation]  # bounds are not for None
+        some = st.one_of([st.from_type(Annotated[kind, *field.metadata]) for kind in kinds])
+        return some if kinds == [field.annotation] else st.none() | some
+
+    fields = {name: value(name, field) for name, field in cls.model_fields.items()}
+    return st.fixed_dictionaries(fields).map(cls.model_validate)
+
+
+CALLBACKS = [
+    configs_of(CheckpointCallbackConfig, keep=configs_of(CheckpointConfig, root=st.none()), after_validation=st.just(True)),
+    configs_of(EarlyStoppingConfig, min_delta=st.floats(0, 1e300)),
+    *map(
+        configs_of,
+        (EMAConfig, GradientWatcherConfig, LRMonitorConfig, ProfilerConfig, SummaryConfig, ThroughputConfig),
+    ),
+]
+LOGGERS = list(map(configs_of, (ConsoleLoggerConfig, CsvLoggerConfig, JsonlLoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig)))
+TRAINERS = configs_of(
+    TrainerConfig,
+    logger=st.none() | configs_of(LoggerConfig, parts=st.lists(st.one_of(LOGGERS), max_size=3).map(tuple)),
+    callbacks=st.lists(st.one_of(CALLBACKS), max_size=4).map(tuple),
+)
+
+
+@pytest.mark.fault(35)
+@settings(max_examples=200, deadline=None)
+@given(TRAINERS)
+def test_any_trainer_config_with_any_parts_comes_back_from_json_as_it_was(config):
+    data = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    again = TrainerConfig.from_dict(TrainerConfig, data)
+    assert again == config and again.to_dict() == config.to_dict()
+    assert [type(c) for c in again.callbacks] == [type(c) for c in config.callbacks]
+    for name in TrainerConfig.model_fields:
+        assert config.get(name) == getattr(config, name)
+    assert config.get("no such field") is None and config.get("no such field", 7) == 7
+
+
+def dictionaries(data, path=()):
+    """The path of every dictionary in nested data."""
+    if isinstance(data, dict):
+        yield path
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield from dictionaries(value, (*path, key))
+
+
+@pytest.mark.fault(35)
+@settings(max_examples=50, deadline=None)
+@given(TRAINERS, st.data())
+def test_an_unknown_key_is_refused_at_any_depth_unless_it_is_to_be_dropped(config, draw):
+    data = config.to_dict()
+    place = data
+    for key in draw.draw(st.sampled_from(list(dictionaries(data)))):
+        place = place[key]
+    place["no_such_key"] = 1
+    with pytest.raises(ValidationError, match="no_such_key"):
+        TrainerConfig.from_dict(TrainerConfig, data)
+    if place is data or place is data["logger"]:
+        assert TrainerConfig.from_dict(TrainerConfig, data, ignore_extensive_attributes=True) == config
 
 
 def test_replace_validates_and_leaves_the_original():
