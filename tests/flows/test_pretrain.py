@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from configs.load import read_config
+from flows.use import evaluate
 from tasks.summary import is_finished
 from tasks.writer import writing
 from trainer import manifest, rows
@@ -65,6 +66,9 @@ def test_the_test_row_is_of_the_best_weights_and_carries_the_last_step(micro, tm
     best = max(vals, key=lambda step: (vals[step], -step))
     assert best == 0
     assert result["best_step"] == best == result["test"]["best_step"]
+    of_the_best, of_the_last = (evaluate(tmp_path / "run", step=step, split="test")["values"]["loss"] for step in (best, 6))
+    assert result["test"]["loss"] == pytest.approx(of_the_best, rel=1e-6) != pytest.approx(of_the_last, rel=1e-6)
+    assert [r["step"] for r in rows.read(tmp_path / "run" / "metrics.jsonl") if r["split"] == "test"] == [6]
     assert best in [c["step"] for c in verify(tmp_path / "run") if c["ok"]]
 
 

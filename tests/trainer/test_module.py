@@ -13,6 +13,7 @@ from trainer.callbacks import CheckpointCallbackConfig
 from trainer.checkpoint import verify
 from trainer.errors import CheckpointError, ConfigError, DataError, DivergedError
 from trainer.feed import Feed
+from trainer.retention import CheckpointConfig
 
 DATA, VAL = make_data(), make_data(2, seed=1)
 
@@ -149,6 +150,14 @@ def test_a_loader_with_places_that_was_not_put_back_is_refused_on_resume(tmp_pat
         again.train_model(Places(), None, num_train_steps=8)
 
 
+def test_an_iterator_that_cannot_go_back_is_refused_on_resume_with_what_to_give_instead():
+    trainer = make_trainer()
+    trainer.train_model(iter(DATA), None, num_train_steps=3)
+    with pytest.raises(DataError, match=r"goes on at step 3.*begins at its first batch.*get_state and set_state"):
+        trainer.train_model((batch for batch in DATA), None, num_train_steps=5)
+    assert trainer.global_step == 3
+
+
 @pytest.mark.fault(15)
 def test_an_iterator_that_runs_dry_ends_training_with_a_reason():
     with pytest.raises(DataError, match="can be used once"):
@@ -191,10 +200,15 @@ def test_a_validation_iterator_that_can_be_used_once_is_evaluated_whole():
 
 @pytest.mark.fault(14)
 def test_dropout_and_batch_statistics_rest_in_evaluation():
-    trainer = make_trainer(noisy=True)
+    trainer, other = make_trainer(noisy=True), make_trainer(noisy=True, seed_eval=7)
     trainer.train_model(DATA, None, num_train_steps=8)
     before = leaves(trainer.state.mutable)
-    assert trainer.eval_model(VAL, "val", 1) == trainer.eval_model(VAL, "val", 1)
+    found = trainer.eval_model(VAL, "val", 1)
+    other.restore_model({"params": trainer.state.params, "mutable_variables": trainer.state.mutable})
+    assert other.eval_model(VAL, "val", 1) == found  # nothing is drawn
+    variables = {"params": trainer.state.params, **trainer.state.mutable}
+    each = [(trainer.model.apply(variables, b["inputs"], train=False)[:, 0] - b["targets"]) ** 2 for b in VAL]
+    assert found["loss"] == pytest.approx(float(jnp.mean(jnp.concatenate(each))), rel=1e-5)
     assert all(np.array_equal(a, b) for a, b in zip(before, leaves(trainer.state.mutable), strict=True))
 
 
@@ -260,9 +274,21 @@ def poisoned(**config):
 BAD = {"inputs": DATA[0]["inputs"], "targets": np.full_like(DATA[0]["targets"], 99.0)}
 
 
-@pytest.mark.fault(10)
 @pytest.mark.fault(27)
-def test_after_a_divergence_the_last_good_state_stands_nothing_bad_is_saved_and_training_can_go_on(tmp_path):
+def test_a_divergence_saves_nothing_and_evicts_no_good_checkpoint(tmp_path):
+    keep = CheckpointConfig(keep_latest=1)
+    logger, callback = LoggerConfig(path=str(tmp_path)), CheckpointCallbackConfig(every_n_steps=2, after_validation=True, keep=keep)
+    trainer, good = poisoned(logger=logger, callbacks=(callback,), check_val_every_n_steps=4), make_trainer()
+    with pytest.raises(DivergedError, match="step 4"):
+        trainer.train_model([*DATA[:3], BAD, *DATA[4:]], VAL, num_train_steps=8)
+    assert [(r["step"], r["ok"]) for r in verify(tmp_path)] == [(2, True)]
+    good.train_model(DATA, None, num_train_steps=2)
+    again = poisoned(logger=logger, callbacks=(callback,))
+    assert again.load_model() == 2 and equal(again.state, good.state)
+
+
+@pytest.mark.fault(10)
+def test_after_a_divergence_the_last_good_state_stands_and_training_can_go_on():
     trainer, good = poisoned(), make_trainer()
     with pytest.raises(DivergedError, match="step 4"):
         trainer.train_model([*DATA[:3], BAD, *DATA[4:]], None, num_train_steps=8)
@@ -290,6 +316,7 @@ def test_the_best_the_newest_or_any_step_is_loaded_with_or_without_the_optimizer
     result = trainer.train_model(DATA, VAL, num_train_steps=12)
     losses = {int(k.split("_")[-1]): v["loss"] for k, v in result.items() if k.startswith("val_step")}
     best = min(losses, key=losses.get)
+    assert best != 12, "the best is the newest: this shows nothing"
     other = make_trainer(lr=0.5)
     assert other.load_pretrained_model(tmp_path, load_best=True, load_optimizer=False) == best
     assert other.eval_model(VAL, "val", 1)["loss"] == pytest.approx(losses[best], rel=1e-6)
@@ -298,6 +325,29 @@ def test_the_best_the_newest_or_any_step_is_loaded_with_or_without_the_optimizer
     assert other.load_pretrained_model(tmp_path, step_idx=4) == 4
     with pytest.raises(CheckpointError, match="no checkpoint of step 5"):
         other.load_pretrained_model(tmp_path, step_idx=5)
+
+
+@pytest.mark.fault(24)
+@pytest.mark.fault(25)
+def test_the_best_weights_are_tested_and_the_trained_state_is_kept(tmp_path):
+    trainer = saving(tmp_path / "tested", check_val_every_n_steps=4, check_val_every_n_epoch=-1, lr=0.5)
+    result = trainer.train_model(DATA, VAL, test_loader=VAL, num_train_steps=12)
+    losses = [v["loss"] for k, v in result.items() if k.startswith("val_step")]
+    assert min(losses) < losses[-1], "the best is the newest: this shows nothing"
+    assert result["test"]["loss"] == min(losses)
+    untested = saving(tmp_path / "untested", check_val_every_n_steps=4, check_val_every_n_epoch=-1, lr=0.5)
+    untested.train_model(DATA, VAL, num_train_steps=12)
+    assert trainer.global_step == 12 and equal(trainer.state, untested.state)
+
+
+@pytest.mark.fault(21)
+def test_the_last_window_is_logged_however_short_it_is_and_counts_in_its_epoch():
+    trainer, told = make_trainer(logger=LoggerConfig(log_every_n_steps=5)), Told()
+    trainer.init_logger = lambda config: setattr(trainer, "loggers", [told])
+    trainer.train_model(DATA, None, num_train_steps=8)
+    found = {(split, step): values["loss_mean"] for split, step, values in told.rows}
+    assert found.keys() == {("train", 5), ("train", 8), ("train_epoch", 8)}
+    assert found["train_epoch", 8] == pytest.approx((5 * found["train", 5] + 3 * found["train", 8]) / 8, rel=1e-6)
 
 
 @pytest.mark.fault(30)

@@ -43,6 +43,17 @@ def test_a_run_of_many_lives_has_the_state_and_rows_of_a_run_of_one(life, whole,
     assert {("train", 3), ("train", 6), ("val", 6)} < stable_rows(whole).keys()
 
 
+@pytest.mark.fault(21)
+def test_the_last_window_of_a_run_is_a_row_however_short_it_is(life, tmp_path):
+    run = life(tmp_path / "five", "num_steps=5", "chunk_steps=5")
+    run.open()
+    run.train_until(5)
+    run.close()
+    found = stable_rows(tmp_path / "five")
+    assert found.keys() == {("train", 3), ("train", 5)}
+    assert found["train", 5]["tokens_sum"] < found["train", 3]["tokens_sum"]
+
+
 def test_what_was_trained_after_the_last_commit_leaves_no_row_behind(life, whole, tmp_path):
     place = tmp_path / "cut"
     run = life(place)
