@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_merge = jax.jit(metrics.merge)
-
 
 class Pieces:
     """Windows that wait on the host for what follows: of the open row and of the open epoch; `empty` is the window of no step."""
@@ -37,8 +35,8 @@ class Pieces:
 
     def add(self, window: Any) -> None:
         """Take in the next piece."""
-        self.row = window if self.row is self.empty else jax.device_get(_merge(self.row, window))
-        self.epoch = window if self.epoch is self.empty else jax.device_get(_merge(self.epoch, window))
+        self.row = window if self.row is self.empty else metrics.merge(self.row, window)
+        self.epoch = window if self.epoch is self.empty else metrics.merge(self.epoch, window)
 
     def close_row(self) -> dict[str, float]:
         """The values of the row, which begins anew."""

@@ -5,9 +5,14 @@ goes on. One that can be iterated again is begun anew for each pass, and when tr
 trained is read past. An iterator that can only be used once cannot go back, and says so when that would matter.
 """
 
+import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from .errors import DataError
 
@@ -85,3 +90,32 @@ class Feed:
             return self._take()
         self._in_pass += 1
         return batch
+
+
+def grouped(batches: Iterable[Any], num: int) -> Iterator[tuple[Any, ...]]:
+    """The batches of each dispatch of `num` steps; none is taken before its dispatch is asked for.
+
+    Arrays of the host are copied: a loader may fill its own anew, for the next batch or while the step that reads them is running.
+    """
+    iterator = iter(batches)
+    while group := tuple(jax.tree.map(_own, batch) for batch in itertools.islice(iterator, num)):
+        yield group
+
+
+def _own(x: Any) -> Any:
+    return x.copy() if isinstance(x, np.ndarray) else x
+
+
+def place(batches: Sequence[Any], sharding: Any) -> Any:
+    """The only one of `batches`, or all of them stacked along a new first dim, laid out as `sharding` says.
+
+    What lies as it should stays as it is. To a single device the step itself moves arrays of the host, quicker than `device_put`.
+    """
+
+    def one(*found: Any) -> Any:
+        on_host = all(isinstance(x, np.ndarray) for x in found)
+        x = (np if on_host else jnp).stack(found) if len(found) > 1 else found[0]
+        stays = sharding.num_devices == 1 if on_host else x.sharding == sharding
+        return x if stays else jax.device_put(x, sharding)
+
+    return jax.tree.map(one, *batches)

@@ -15,7 +15,7 @@ import jax
 
 from . import contract, loop
 from .errors import ConfigError, DivergedError
-from .feed import Feed, length
+from .feed import Feed, grouped, length
 from .params import count
 from .throughput import stopwatch
 
@@ -124,10 +124,10 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
         trainer.train_step,
         trainer.state,
         desk.window,
-        map(trainer.put_train, trainer.tracker(feed, total=plan.total, completed=start)),
+        map(trainer.put_train, grouped(trainer.tracker(feed, total=plan.total, completed=start), 1)),
         start=start,
         until=plan.total,
-        empty=trainer.empty_window,
+        empty=trainer.init_train_metrics,
         closes=plan.closes,
         pause=lambda step: plan.looks_up(step) or desk.wants(step, row=plan.logs(step)),
     )

@@ -6,65 +6,67 @@ device never waits for the host, and a step that diverged is noticed one step la
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from .errors import DivergedError
+from .metrics import Window
 from .state import TrainState
 
 
-@dataclass(frozen=True)
-class Record:
-    """One dispatched step. `state` and `window` are donated to the next one: use them before asking for it."""
+class Record(NamedTuple):
+    """One dispatch. `state` is donated to the next one: use it before asking for it."""
 
-    step: int  # completed with this one
+    step: int  # completed with this dispatch
     state: TrainState
-    window: Any  # the open logging window, empty where one was just closed
-    closed: tuple[tuple[int, Any], ...]  # (step, window on the host) of windows that turned out complete
+    window: Window  # the open logging window, empty where one was just closed
+    closed: tuple[tuple[int, Window], ...]  # (step, window on the host) of windows that turned out complete
     settled: bool  # nothing is in flight: all windows up to here were given, and `state` may be committed
 
 
 def train(
     train_step: Callable,
     state: TrainState,
-    window: Any,
+    window: Window,
     batches: Iterator[Any],
     *,
     start: int,
     until: int,
-    empty: Callable[[], Any],
+    empty: Callable[[], Window],
     closes: Callable[[int], bool],
     pause: Callable[[int], bool] = lambda step: False,
+    per_dispatch: int = 1,
 ) -> Iterator[Record]:
-    """Steps `start + 1` to `until`, a record each.
+    """Steps `start + 1` to `until`, a record for each dispatch of `per_dispatch` of them, all borders being its multiples.
 
-    A window closes at the steps that `closes` names; `empty()` makes the next, laid out like the first. What is in flight is
+    A window closes at the steps that `closes` names; `empty()` is the next, laid out like the first. What is in flight is
     settled at `until` and wherever `pause(step)` says so. Raises DivergedError with the step whose loss or gradients were not
     finite, and the state before it.
     """
-    alive: Any = jax.device_put(np.array(True), jax.tree.leaves(window)[0].sharding)
-    flying: deque[tuple[int, Any, Any]] = deque()
+    assert start % per_dispatch == until % per_dispatch == 0, f"steps {start} to {until} do not lie on multiples of {per_dispatch}"
+    alive: Any = jax.device_put(np.array(True), window.values.sharding)
+    flying: deque[tuple[int, Any, Window | None]] = deque()
 
-    def settle(leave: int) -> tuple[tuple[int, Any], ...]:
+    def settle(leave: int) -> tuple[tuple[int, Window], ...]:
         closed = []
         while len(flying) > leave:
             step, ok, full = flying.popleft()
-            if not ok:  # waits for that step
-                raise DivergedError(
-                    f"loss or gradients of step {step} are not finite; lower the learning rate or look at the data", step=step, state=state
-                )
+            if not ok:  # waits for that dispatch
+                bad = int(state.step) + 1  # from the bad step on nothing was changed, whatever was in flight
+                message = f"loss or gradients of step {bad} are not finite; lower the learning rate or look at the data"
+                raise DivergedError(message, step=bad, state=state)
             if full is not None:
                 closed.append((step, jax.device_get(full)))
         return tuple(closed)
 
-    for step in range(start + 1, until + 1):
+    for step in range(start + per_dispatch, until + 1, per_dispatch):
         state, window, alive = train_step(state, window, next(batches), alive)
-        closing = closes(step)
-        flying.append((step, alive, window if closing else None))
-        if closing:
+        full = window if closes(step) else None
+        if full is not None:
+            full.values.copy_to_host_async()
             window = empty()
+        flying.append((step, alive, full))
         settled = step == until or pause(step)
         yield Record(step, state, window, settle(leave=0 if settled else 1), settled)

@@ -4,6 +4,7 @@ Four axes, always all there: `data` (batches), `fsdp` (batches and parameters), 
 Models name the dims of their parameters; `RULES` says on which axis a name may lie.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -63,11 +64,12 @@ class MeshConfig(Config):
         return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
-def batch_sharding(mesh: "Mesh") -> "NamedSharding":
-    """Batches are cut along their first dim over data and fsdp."""
+@functools.cache  # asked for at every step
+def batch_sharding(mesh: "Mesh", *, stacked: bool = False) -> "NamedSharding":
+    """Batches are cut along their first dim over data and fsdp; along the second where several are stacked."""
     from jax.sharding import NamedSharding, PartitionSpec
 
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if stacked else PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: "Mesh") -> "NamedSharding":

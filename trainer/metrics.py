@@ -2,15 +2,18 @@
 
 A step gives per key a scalar or `{value, count, log_modes}`. `merge` is associative, so a metric may be merged over
 microbatches or steps in any grouping. Sums are kept as pairs (high, low) of float32, so that a count of tokens stays
-exact far beyond 2^31 and a small addend is not lost in a large sum.
+exact far beyond 2^31 and a small addend is not lost in a large sum. Outside of these functions a window is one vector.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from .params import flatten
 
 Array = jax.Array
 POSTFIX = {"mean": "_mean", "mean_nopostfix": "", "single": "_single", "max": "_max", "min": "_min", "std": "_std", "sum": "_sum"}
@@ -19,6 +22,51 @@ POSTFIX = {"mean": "_mean", "mean_nopostfix": "", "single": "_single", "max": "_
 @jax.tree_util.register_static
 class Modes(tuple):
     """The log modes of one metric: static under jit."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Window:
+    """What was found in some steps, as one vector: to hand on, fetch and save one array is cheap, and dozens of scalars are not.
+
+    `values` is (n,) float32, of the device or of NumPy; `layout` is the static structure of the tree {key: {part: scalar or
+    pair}} of which they are the leaves. In a checkpoint the vector's name tells of the keys, so that others are not mistaken for it.
+    """
+
+    def __init__(self, values: Any, layout: Any):
+        self.values, self.layout = values, layout
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> "Window":
+        """The window of a tree of scalars."""
+        leaves, layout = jax.tree.flatten(dict(tree))
+        return cls(_numpy_of(leaves[0]).stack(leaves), layout)
+
+    def tree(self) -> dict[str, Any]:
+        """The scalars by their names."""
+        return jax.tree.unflatten(self.layout, list(self.values))
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, Any]:
+        """The vector under its name, and the layout."""
+        return ((jax.tree_util.GetAttrKey(_name(self.layout)), self.values),), self.layout
+
+    def tree_flatten(self) -> tuple[tuple, Any]:
+        """The same without the name."""
+        return (self.values,), self.layout
+
+    @classmethod
+    def tree_unflatten(cls, layout: Any, children: tuple) -> "Window":
+        """The inverse."""
+        return cls(children[0], layout)
+
+
+def _name(layout: Any) -> str:
+    names = ",".join(flatten(jax.tree.unflatten(layout, range(layout.num_leaves))))
+    return f"values_{zlib.crc32(names.encode()):08x}"
+
+
+def _numpy_of(x: Any) -> Any:
+    """The module whose functions fit `x`: the same formulas serve on the device and, in the same float32, on the host."""
+    return np if isinstance(x, np.generic | np.ndarray) else jnp
 
 
 def zero_sum() -> tuple[Array, Array]:
@@ -84,7 +132,7 @@ def merge_batch(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     return {k: one(a[k], b[k]) for k in a}
 
 
-def window_of(step: Mapping[str, Any]) -> dict[str, Any]:
+def window_of(step: Mapping[str, Any]) -> Window:
     """A logging window that holds one step."""
     one = (jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
     out: dict[str, Any] = {}
@@ -102,25 +150,25 @@ def window_of(step: Mapping[str, Any]) -> dict[str, Any]:
         if "std" in m["modes"]:
             w |= {"steps": one, "center": mean, "spread": jnp.zeros((), jnp.float32)}
         out[key] = w
-    return out
+    return Window.of(out)
 
 
-def identity(like: Mapping[str, Any]) -> dict[str, Any]:
-    """The window that holds no step, of the structure of `like` (arrays or shapes)."""
+def identity(like: Window) -> Window:
+    """The window that holds no step, with the metrics of `like` (of arrays or shapes)."""
     start = {"max": -np.inf, "min": np.inf, "single": np.nan}  # of no step there is no last one
-    return {
-        k: {name: jax.tree.map(lambda x, n=name: jnp.full(x.shape, start.get(n, 0.0), x.dtype), v) for name, v in w.items()}
-        for k, w in like.items()
+    names = jax.tree.unflatten(like.layout, range(like.layout.num_leaves))
+    filled = {
+        k: {part: jax.tree.map(lambda _, p=part: np.float32(start.get(p, 0.0)), v) for part, v in w.items()} for k, w in names.items()
     }
+    return jax.device_put(Window.of(filled))
 
 
-def merge(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> dict[str, Any]:
+def merge(a: Window | None, b: Window) -> Window:
     """Two windows, `a` the earlier, as one; None is no window. Variances by Chan, Golub and LeVeque 1983, eq. 2.1."""
     if a is None:
-        return dict(b)
+        return b
     out: dict[str, Any] = {}
-    for key, x in a.items():
-        y = b[key]
+    for (key, x), y in zip(a.tree().items(), b.tree().values(), strict=True):
         w = {"modes": x["modes"]}
         for sums in ("value", "count"):
             if sums in x:
@@ -128,28 +176,28 @@ def merge(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> dict[str, Any]:
         if "single" in x:
             w["single"] = y["single"]
         if "max" in x:
-            w["max"] = jnp.maximum(x["max"], y["max"])
+            w["max"] = _numpy_of(x["max"]).maximum(x["max"], y["max"])
         if "min" in x:
-            w["min"] = jnp.minimum(x["min"], y["min"])
+            w["min"] = _numpy_of(x["min"]).minimum(x["min"], y["min"])
         if "steps" in x:
             n, m = x["steps"][0], y["steps"][0]
             delta = y["center"] - x["center"]
             w["steps"] = add(x["steps"], y["steps"])
-            share = m / jnp.maximum(n + m, 1)  # two windows of no step make one more
+            share = m / _numpy_of(n).maximum(n + m, 1)  # two windows of no step make one more
             w["center"] = x["center"] + delta * share
             w["spread"] = x["spread"] + y["spread"] + delta * delta * n * share
         out[key] = w
-    return out
+    return Window.of(out)
 
 
 def _number(pair: Any) -> float:
     return float(np.float64(pair[0]) + np.float64(pair[1]))
 
 
-def compute(window: Mapping[str, Any]) -> dict[str, float]:
-    """Host values of a window (arrays on the host). A mean over nothing is NaN: it should be seen, not hidden."""
+def compute(window: Window) -> dict[str, float]:
+    """Host values of a window of the host. A mean over nothing is NaN: it should be seen, not hidden."""
     out = {}
-    for key, w in window.items():
+    for key, w in window.tree().items():
         for mode in w["modes"]:
             if mode in ("mean", "mean_nopostfix"):
                 count = _number(w["count"])

@@ -5,7 +5,7 @@ it is first asked for, or restored. A subclass may override how any of it is don
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
 from .errors import ConfigError
+from .feed import place
 from .mesh import BATCH_AXES, MeshConfig, batch_sharding, check_batch, replicated
 from .models.base import Model, ModelConfig
 from .objectives.base import Objective
@@ -158,15 +159,16 @@ class TrainerModule:
 
     def create_jitted_functions(self) -> None:
         """Make `train_step` and `eval_step`, jitted with the state's shardings unless `trainer_config.debug`."""
-        step, evaluation = self.create_training_step_function(), self.create_evaluation_step_function()
-        if self.trainer_config.debug:
+        c, evaluation = self.trainer_config, self.create_evaluation_step_function()
+        step = self.create_training_step_function()
+        if c.debug:
             self.train_step, self.eval_step = step, evaluation
             return
         state = jax.tree.map(lambda x: x.sharding, self.shapes)
         whole = replicated(self.mesh)
-        donated = (0, 1) if self.trainer_config.donate_train_state else (1,)
-        self.train_step = jax.jit(step, donate_argnums=donated, out_shardings=(state, whole, whole))
-        self.eval_step = jax.jit(evaluation, donate_argnums=(2,), out_shardings=whole)
+        # Not the window: it is one short vector, and so the empty one can be used again and again.
+        self.train_step = jax.jit(step, donate_argnums=(0,) if c.donate_train_state else (), out_shardings=(state, whole, whole))
+        self.eval_step = jax.jit(evaluation, out_shardings=whole)
 
     def init_model(self, exmp_input: Any = None) -> None:
         """Make the state of step 0, each part on the devices that will hold it."""
@@ -186,30 +188,23 @@ class TrainerModule:
     def state(self, state: TrainState | None) -> None:
         self._state = state
 
-    def init_train_metrics(self, batch: Any = None) -> dict[str, Any]:
-        """A logging window that holds no step, on the mesh. Its shapes come from the step; nothing is computed."""
+    def init_train_metrics(self, batch: Any = None) -> metrics.Window:
+        """A logging window that holds no step, on the mesh. Its metrics come from the step; nothing is computed."""
         if self._train_metric_shapes is None or batch is not None:
-            step = self.create_training_step_function()
-            found = empty_window(step, self.shapes, batch=self.exmp_batch if batch is None else batch)
-            self._train_metric_shapes = jax.device_get(found)
-        return jax.device_put(self._train_metric_shapes, replicated(self.mesh))
+            found = empty_window(self.create_training_step_function(), self.shapes, batch=self.exmp_batch if batch is None else batch)
+            self._train_metric_shapes = jax.device_put(found, replicated(self.mesh))
+        return self._train_metric_shapes
 
-    def init_eval_metrics(self, batch: Any = None) -> dict[str, Any]:
+    def init_eval_metrics(self, batch: Any = None) -> metrics.Window:
         """The same for an evaluation."""
         if self._eval_metric_shapes is None or batch is not None:
-            step = self.create_evaluation_step_function()
-            found = empty_window(step, self.shapes.params, self.shapes.mutable, batch=self.exmp_batch if batch is None else batch)
-            self._eval_metric_shapes = jax.device_get(found)
-        return jax.device_put(self._eval_metric_shapes, replicated(self.mesh))
-
-    @functools.cached_property
-    def empty_window(self) -> Callable[[], dict[str, Any]]:
-        """Makes a logging window that holds no step, laid out on the mesh in one dispatch."""
-        shapes = self.window_shapes
-        return jax.jit(lambda: metrics.identity(shapes), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
+            shapes, step = self.shapes, self.create_evaluation_step_function()
+            found = empty_window(step, shapes.params, shapes.mutable, batch=self.exmp_batch if batch is None else batch)
+            self._eval_metric_shapes = jax.device_put(found, replicated(self.mesh))
+        return self._eval_metric_shapes
 
     @property
-    def window_shapes(self) -> dict[str, Any]:
+    def window_shapes(self) -> metrics.Window:
         """A logging window as shapes on the mesh."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.init_train_metrics())
 
@@ -220,10 +215,11 @@ class TrainerModule:
         divides = all(x.shape[0] % ways == 0 for x in jax.tree.leaves(batch))
         return jax.device_put(batch, batch_sharding(self.mesh) if divides else replicated(self.mesh))
 
-    def put_train(self, batch: Any) -> Any:
-        """A training batch on the mesh. Raises DataError where it has not the shapes of the example batch."""
-        contract.check_batch_like(batch, self.exmp_batch, rows=True, what="a training batch")
-        return jax.device_put(batch, batch_sharding(self.mesh))
+    def put_train(self, batches: Sequence[Any]) -> Any:
+        """The batches of one dispatch as `train_step` takes them. Raises DataError where one is not like the example batch."""
+        for batch in batches:
+            contract.check_batch_like(batch, self.exmp_batch, rows=True, what="a training batch")
+        return place(batches, batch_sharding(self.mesh, stacked=len(batches) > 1))
 
     def get_num_params(self) -> int:
         """Number of parameters."""

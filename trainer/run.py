@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .assemble import TrainingConfig
 from .checkpoint import Checkpoints
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
 from .errors import CheckpointError, ConfigError, DamagedError, DataError, StoppedError
+from .feed import grouped
 from .fingerprint import differences, fingerprint
 from .generate import generate
 from .manifest import Commit, name_of
@@ -113,10 +114,10 @@ class Run:
             self.trainer.train_step,
             self.trainer.state,
             self.window,
-            self._batches(),
+            map(self.trainer.put_train, grouped(self.loader, 1)),
             start=self.step,
             until=step,
-            empty=self.trainer.empty_window,
+            empty=self.trainer.init_train_metrics,
             closes=self._closes,
             pause=lambda at: wants_commit(at) or self.onlookers.wants(at, row=self._closes(at)),
         )
@@ -280,10 +281,6 @@ class Run:
         if step == self.step:
             return self.trainer.weights(self.trainer.state)
         return weights_at(self.trainer, self.run_dir.path, step)
-
-    def _batches(self) -> Iterator[Any]:
-        for batch in self.loader:
-            yield self.trainer.put(batch)
 
     def _write_row(self, step: int, window: Any) -> None:
         assert self._stopwatch is not None

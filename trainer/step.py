@@ -4,6 +4,7 @@ Loss and gradients are looked at on the device in every step: where they are not
 and `ok` says so. Logged and unlogged steps are the same program; the logging window is carried through it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,9 +103,11 @@ def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, c
             keep, counted = alive, state
         merged = m.merge(window, m.window_of(found))
         if config.on_nonfinite == "skip" and window is not None:  # what was found in a bad batch would spoil the whole window
-            good = {k: w for k, w in merged.items() if k not in ("skipped", "lr")}
-            old = {k: window[k] for k in good}
-            merged |= jax.tree.map(lambda a, b: jnp.where(finite, a, b), good, old)
+            good, old = merged.tree(), window.tree()
+            kept = {
+                k: good[k] if k in ("skipped", "lr") else jax.tree.map(functools.partial(jnp.where, finite), good[k], old[k]) for k in good
+            }
+            merged = m.Window.of(kept)
         new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, counted)
         return new, merged, jnp.asarray(alive)
 
@@ -147,7 +150,7 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
     return {k: {**(e if isinstance(e, dict) else {"value": e}), "log_modes": modes(e)} for k, e in found.items()}
 
 
-def empty_window(step: Callable, *before: Any, batch: Any) -> dict[str, Any]:
+def empty_window(step: Callable, *before: Any, batch: Any) -> m.Window:
     """The identity of `merge` for the metrics of `step(*before, window, batch)`; arguments may be shapes, nothing is computed."""
     out = jax.eval_shape(lambda *a: step(*a[:-1], None, a[-1]), *before, batch)
     return m.identity(out[1] if isinstance(out, tuple) else out)
