@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from trainer.config import Config, LoggerConfig, TrainerConfig
+from trainer.dispatch import misfit
 from trainer.mesh import MeshConfig
 from trainer.models import AnyModelConfig, LlamaConfig
 from trainer.objectives import AnyObjectiveConfig, LMObjectiveConfig
@@ -57,6 +58,7 @@ class RunConfig(Config):
         self._resolve_schedule()
         self._check_vocabulary()
         self._check_shapes()
+        self._check_dispatches()
         return self
 
     def _fill(self, name: str, value: Any) -> None:
@@ -123,6 +125,17 @@ class RunConfig(Config):
                 f"data.batch_size {batch_size} cannot be cut into trainer.gradient_accumulate_steps {micro} equal microbatches; "
                 f"set data.batch_size={fits}"
             )
+
+    def _check_dispatches(self) -> None:
+        logger = self.trainer.logger
+        borders = {
+            "num_steps": self.num_steps,
+            "chunk_steps": self.chunk_steps if self.chunk_steps < self.num_steps else None,
+            "checkpoint.every": self.checkpoint.every,
+            "trainer.logger.log_every_n_steps": logger.log_every_n_steps if logger else None,
+        }
+        if problem := misfit(self.trainer.steps_per_dispatch, borders):
+            raise ValueError(problem)
 
 
 def has_onlookers(config: RunConfig) -> bool:

@@ -142,5 +142,6 @@ class TrainerConfig(Config):
     callbacks: tuple[Annotated[SerializeAsAny[CallbackConfig], _part(".callbacks", "AnyCallbackConfig")], ...] = ()
     seed_eval: int = Field(0, ge=0, lt=2**32)  # everything random in evaluation
 
+    steps_per_dispatch: int = Field(1, ge=1)  # steps in one program call; all borders must be its multiples. Helps where steps are short
     on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the update out, count it, go on
     kind: str = "default"  # or the import path of a TrainerModule subclass

@@ -51,9 +51,7 @@ def check_batch_like(batch: Any, example: Any, *, rows: bool, what: str) -> None
     Raises DataError, for another shape would compile another step, and another dtype would change what is computed.
     """
     (leaves, made), (known, meant) = (jax.tree.flatten(tree) for tree in (batch, example))
-    if made == meant and all(
-        getattr(x, "shape", None) == y.shape and x.dtype == y.dtype for x, y in zip(leaves, known, strict=True)
-    ):
+    if made == meant and all(getattr(x, "shape", None) == y.shape and x.dtype == y.dtype for x, y in zip(leaves, known, strict=True)):
         return  # every batch comes here: nothing is put into words before something is wrong
     have, want = (jax.tree.map(lambda x: _leaf(x, rows=rows), tree) for tree in (batch, example))
     if have != want:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from . import contract, loop
+from .dispatch import misfit
 from .errors import ConfigError, DivergedError
 from .feed import Feed, grouped, length
 from .params import count
@@ -34,6 +35,7 @@ class Plan:
     log_every: int
     val_steps: int  # 0: never
     val_epochs: int  # 0: never
+    per_dispatch: int = 1  # steps
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that completed step `step` is of."""
@@ -74,7 +76,16 @@ def make_plan(trainer: "TrainerModule", loader: Any, *, num_epochs: int | None, 
     total = num_steps if num_steps is not None else (num_epochs or 0) * (per_epoch or 0)
     c = trainer.trainer_config
     log_every = c.logger.log_every_n_steps if c.logger else max(total, 1)
-    return Plan(total, per_epoch, log_every, max(0, c.check_val_every_n_steps), max(0, c.check_val_every_n_epoch))
+    borders = {
+        "the step to go on from": trainer.global_step,
+        "num_train_steps": num_steps,
+        "steps_per_epoch": per_epoch,
+        "trainer.logger.log_every_n_steps": log_every,
+        "trainer.check_val_every_n_steps": max(0, c.check_val_every_n_steps),
+    }
+    if problem := misfit(c.steps_per_dispatch, borders):
+        raise ConfigError(problem)
+    return Plan(total, per_epoch, log_every, max(0, c.check_val_every_n_steps), max(0, c.check_val_every_n_epoch), c.steps_per_dispatch)
 
 
 def fit(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: Any, test_loader: Any) -> dict[str, dict[str, Any]]:
@@ -124,9 +135,10 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
         trainer.train_step,
         trainer.state,
         desk.window,
-        map(trainer.put_train, grouped(trainer.tracker(feed, total=plan.total, completed=start), 1)),
+        map(trainer.put_train, grouped(trainer.tracker(feed, total=plan.total, completed=start), plan.per_dispatch)),
         start=start,
         until=plan.total,
+        per_dispatch=plan.per_dispatch,
         empty=trainer.init_train_metrics,
         closes=plan.closes,
         pause=lambda step: plan.looks_up(step) or desk.wants(step, row=plan.logs(step)),

@@ -15,6 +15,7 @@ from . import contract, evaluate, fit, metrics, params, per_sample, restore
 from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
+from .dispatch import unheard
 from .errors import ConfigError
 from .feed import place
 from .mesh import BATCH_AXES, MeshConfig, batch_sharding, check_batch, replicated
@@ -22,7 +23,7 @@ from .models.base import Model, ModelConfig
 from .objectives.base import Objective
 from .optimizers.base import Optimizer, OptimizerConfig
 from .state import TrainState, make_init, model_rngs, state_shardings
-from .step import empty_window, make_eval_step, make_train_step
+from .step import empty_window, make_eval_step, make_train_step, several
 
 
 class TrainerModule:
@@ -30,7 +31,7 @@ class TrainerModule:
 
     `batch` is an example batch: a tree of arrays or of `jax.ShapeDtypeStruct` with the global batch as first dim. What is
     minimised is `objective.loss`, or an overridden `loss_function`. `num_steps` is for schedules that end with the run.
-    Raises ConfigError where batch, mesh and microbatches do not fit.
+    Raises ConfigError where batch, mesh and microbatches, or steps per dispatch and callbacks, do not fit.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class TrainerModule:
         self._eval_metric_shapes: Any = None
         self.loggers: list[Any] = []
         self.init_callbacks(trainer_config.callbacks)
+        if problem := unheard(trainer_config.steps_per_dispatch, self.callbacks):
+            raise ConfigError(problem)
         self.desk = Desk(self)
         self.create_jitted_functions()
 
@@ -160,7 +163,7 @@ class TrainerModule:
     def create_jitted_functions(self) -> None:
         """Make `train_step` and `eval_step`, jitted with the state's shardings unless `trainer_config.debug`."""
         c, evaluation = self.trainer_config, self.create_evaluation_step_function()
-        step = self.create_training_step_function()
+        step = several(self.create_training_step_function(), c.steps_per_dispatch, rolled=not c.debug)
         if c.debug:
             self.train_step, self.eval_step = step, evaluation
             return

@@ -130,6 +130,35 @@ def _norms(config: TrainerConfig, norm: jax.Array, grads: Any, params: Any) -> d
     return out
 
 
+def several(step: Callable, num: int, *, rolled: bool = True) -> Callable:
+    """`num` training steps in one, with batches stacked along a new first dim (num, rows, ...); else like `step`.
+
+    A step that is not finite is still found where it is: neither it nor those after it count in `state.step`. `rolled` makes
+    a loop of one compiled step, without it there are `num` of them.
+    """
+    if num == 1:
+        return step
+
+    def steps(state: TrainState, window: Any, batches: Any, alive: Any = True) -> tuple[TrainState, Any, jax.Array]:
+        def batch_at(i: Any) -> Any:
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
+
+        def body(i: Any, carry: tuple) -> tuple:
+            # The next batch is cut out one step ahead, so that it reaches the step as an array of its own, as it does when there is
+            # one step per dispatch. XLA would fuse a cut within the step with the step's sums, and so change their last bits.
+            state, window, alive, batch = carry
+            return *step(state, window, batch, alive), batch_at((i + 1) % num)
+
+        carry = (state, window, jnp.asarray(alive), batch_at(0))
+        if rolled:
+            return jax.lax.fori_loop(0, num, body, carry)[:3]
+        for i in range(num):
+            carry = body(i, carry)
+        return carry[:3]
+
+    return steps
+
+
 def make_eval_step(loss: LossFunction, apply: Callable, config: TrainerConfig) -> Callable:
     """`(params, mutable, window, batch) -> window`; metrics as means without postfix, the model not in training."""
 

@@ -77,6 +77,16 @@ def test_rows_are_written_unless_the_logger_is_null():
             r"num_steps 50 .*warmup_steps 30 and cooldown_steps 20; shorten them or raise num_steps",
         ),
         ({"init": "runs/other"}, r"leave init null"),
+        (
+            {"trainer": {"steps_per_dispatch": 3}},
+            r"num_steps 1000 is no multiple of trainer.steps_per_dispatch 3, .*999 or 1002, or .* to 1",
+        ),
+        ({"trainer": {"steps_per_dispatch": 4}, "chunk_steps": 250}, r"chunk_steps 250 .*248 or 252, or trainer.steps_per_dispatch to 2"),
+        ({"trainer": {"steps_per_dispatch": 10}, "checkpoint": {"every": 25}}, r"checkpoint.every 25 .*20 or 30, or .* to 5"),
+        (
+            {"trainer": {"steps_per_dispatch": 10, "logger": {"log_every_n_steps": 5}}},
+            r"trainer.logger.log_every_n_steps 5 .*set it to 10, or .* to 5",
+        ),
         ({"publish": {"kind": "gcs", "url": "gs://b"}}, r"'gcs'.*gs://b.*not available yet; use kind=local"),
         ({"publish": {"url": "gs://b/x"}}, r"gs://b/x.*is not a folder"),
         ({"publish": {"kind": "none", "url": "/x"}}, r"nothing is published"),

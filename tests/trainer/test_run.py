@@ -95,6 +95,55 @@ def test_commits_within_a_chunk_change_no_bits(life, whole, tmp_path):
     assert {s: found[s] for s in (0, 2, 4, 6)} == digests(whole)
 
 
+PAIRS = ("trainer.steps_per_dispatch=2", "trainer.logger.log_every_n_steps=2")
+
+
+def test_two_steps_per_dispatch_train_the_bits_of_single_steps_and_stop_at_a_border(life, tmp_path):
+    single = life(tmp_path / "single", PAIRS[1])
+    single.open()
+    single.train_until(6)
+    single.close()
+    asked = []
+    run = life(tmp_path / "pairs", *PAIRS, should_stop=lambda: bool(asked), on_step=asked.append)
+    run.open()
+    with pytest.raises(StoppedError) as stopped:
+        run.train_until(6)
+    run.close()
+    assert stopped.value.step == asked[-1] == 4 and 3 not in asked
+    run = life(tmp_path / "pairs", *PAIRS)
+    run.open()
+    run.train_until(6)
+    run.close()
+    assert digests(tmp_path / "pairs")[6] == digests(tmp_path / "single")[6]
+    assert stable_rows(tmp_path / "pairs") == stable_rows(tmp_path / "single")
+
+
+@pytest.mark.parametrize("overrides", [(), PAIRS], ids=["single steps", "two steps per dispatch"])
+def test_once_warm_chunks_with_their_commits_and_evaluations_compile_nothing(life, tmp_path, overrides):
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs)
+
+    run = life(tmp_path / "run", *overrides)
+    run.open()
+    run.train_until(2)
+    run.evaluate(2, "val")
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + len(overrides))(1.0)
+        assert len(compiled) >= 1, "the listener hears nothing"
+        compiled.clear()
+        for step in (4, 6):
+            run.train_until(step)
+            run.evaluate(step, "val")
+        assert compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+        run.close()
+
+
 def test_a_chunk_that_is_committed_returns_at_once_with_its_own_commit(life, whole):
     run = life(whole)
     run.open()

@@ -61,12 +61,19 @@ class Callback:
         """Whether nothing may be in flight after this step, because something is to be done with its finished state."""
         return False
 
+    def grid(self) -> int | None:
+        """`on_training_step` must be told of all multiples of this number of steps (1: of every step); None: any will do."""
+        return None
+
     def on_training_start(self, moment: Moment) -> Answer:
         """Before the first step of a life, after `set_state`; `info` is filled. A `stop` here means: train no further."""
         return NOTHING
 
     def on_training_step(self, moment: Moment) -> Answer:
-        """After a step was dispatched; values are not known yet. Called after every step: be quick, do not wait for the device."""
+        """After a step was dispatched; values are not known yet. Called after every step: be quick, do not wait for the device.
+
+        With several steps per dispatch it is told of the last of each; a callback that needs others says so by its `grid`.
+        """
         return NOTHING
 
     def on_row(self, moment: Moment) -> Answer:

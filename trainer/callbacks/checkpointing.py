@@ -43,6 +43,10 @@ class CheckpointCallback(Callback):
         every = self.config.every_n_steps
         return every is not None and step % every == 0
 
+    def grid(self) -> int | None:
+        """All steps to save at."""
+        return self.config.every_n_steps
+
     def on_training_step(self, moment: Moment) -> Answer:
         """Save at the multiples of `every_n_steps`."""
         return Answer(save=True) if self.wants(moment.step) else NOTHING

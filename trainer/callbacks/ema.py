@@ -58,6 +58,10 @@ class EMA(Callback):
         self._restored: Any = None  # what set_state was given, until parameters say how it is to lie
         self._update: Callable | None = None
 
+    def grid(self) -> int:
+        """All steps that go in."""
+        return self.config.every_n_steps
+
     def on_training_step(self, moment: Moment) -> Answer:
         """Put the new parameters into the average; dispatched, not waited for."""
         assert moment.state is not None, "a training step without its state"

@@ -1,7 +1,8 @@
 """A trace of a few steps by jax.profiler, for XProf, TensorBoard or Perfetto.
 
 What is traced is a range of absolute steps, once: a life that begins within the range traces what is left of it, and a trace
-that is there already, of this life or of one before, is left alone.
+that is there already, of this life or of one before, is left alone. With several steps per dispatch the range is widened to
+whole dispatches, or where it falls within one, moved on to the next.
 """
 
 import logging
@@ -40,6 +41,8 @@ class Profiler(Callback):
     def on_training_start(self, moment: Moment) -> Answer:
         """Find the place; begin where the next step is one to trace."""
         self._path = Path(moment.info.get("run_dir") or "") / self.config.path
+        if moment.step >= self._last:
+            self._status = "done"
         self._begin_or_end(moment)
         return NOTHING
 
@@ -57,7 +60,7 @@ class Profiler(Callback):
         if self._status == "tracing" and moment.step >= self._last:
             _wait_for(moment)
             self._end(f"up to step {moment.step}")
-        elif self._status == "waiting" and self.config.first_step - 1 <= moment.step < self._last:
+        elif self._status == "waiting" and moment.step >= self.config.first_step - 1:
             self._begin(moment)
 
     def _begin(self, moment: Moment) -> None:
