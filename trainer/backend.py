@@ -4,11 +4,18 @@ import os
 
 from .paths import cache_dir
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+def numerics() -> str:
+    """What this process was set up for: `exact` or `fast`. It is read off XLA's flags, which are part of the fingerprint."""
+    return "exact" if DETERMINISTIC in os.environ.get("XLA_FLAGS", "").split() else "fast"
+
 
 def set_up_jax(*, numerics: str) -> None:
     """Settings before the backend starts: deterministic operations, and compiled programs kept for the next process."""
     if numerics == "exact" and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .embedding import lookup, unembed
+
 if TYPE_CHECKING:
     from .llama import LlamaConfig
 
@@ -129,7 +131,7 @@ class Transformer(nn.Module):
         c = self.config
         std = nn.initializers.normal(c.init_std)
         table = self.param("embed", _named(std, "vocab", "embed"), (c.vocab_size, c.width), c.param_dtype)
-        x = table.astype(c.dtype)[inputs["tokens"]]
+        x = lookup(table.astype(c.dtype), inputs["tokens"])
         block = nn.remat(Block) if c.remat == "block" else Block
         for i in range(c.num_layers):
             x = block(c, name=f"block_{i}")(x, inputs["segment_ids"], inputs["positions"])
@@ -137,4 +139,4 @@ class Transformer(nn.Module):
         head = table
         if not c.tie_embeddings:
             head = self.param("head", _named(std, "vocab", "embed"), (c.vocab_size, c.width), c.param_dtype)
-        return jnp.einsum("bsw,vw->bsv", x, head.astype(c.dtype), preferred_element_type=jnp.float32)
+        return unembed(x, head.astype(c.dtype))

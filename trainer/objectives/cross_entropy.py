@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
 from ..state import model_rngs
+from .softmax import log_z_and_chosen
 
 if TYPE_CHECKING:
     from .lm import LMObjectiveConfig
@@ -40,8 +40,7 @@ class LMObjective:
         mutable = dict(mutable)
         logits = logits.astype(jnp.float32)
         mask = batch["segment_ids"] != 0
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+        log_z, chosen = log_z_and_chosen(logits, batch["targets"])
         nll = jnp.where(mask, log_z - chosen, 0.0)
         tokens = jnp.sum(mask, dtype=jnp.int32)
         total = jnp.sum(nll)
