@@ -50,6 +50,8 @@ def check_batch_like(batch: Any, example: Any, *, rows: bool, what: str) -> None
 
     Raises DataError, for another shape would compile another step, and another dtype would change what is computed.
     """
+    made: Any
+    meant: Any
     (leaves, made), (known, meant) = (jax.tree.flatten(tree) for tree in (batch, example))
     if made == meant and all(getattr(x, "shape", None) == y.shape and x.dtype == y.dtype for x, y in zip(leaves, known, strict=True)):
         return  # every batch comes here: nothing is put into words before something is wrong

@@ -207,8 +207,9 @@ class Desk:
         loaders = {k: x.get_state() for k, x in self._loaders.items() if k != "train" and has_state(x)}
         if self.feed is not None and (place := self.feed.get_state()) is not None:
             loaders["train"] = place
+        found = fingerprint(self._trainer.mesh) | self._trainer.mesh_config.dtypes()
         values = [[step, rows.stable(v)] for step, v in self.val_rows]
-        return {"loader": json.loads(json.dumps(loaders)), "val_rows": values, "fingerprint": fingerprint(self._trainer.mesh)}
+        return {"loader": json.loads(json.dumps(loaders)), "val_rows": values, "fingerprint": found}
 
     def place(self, loader: Any) -> None:
         """Note that a loader stands where it belongs."""

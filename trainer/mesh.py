@@ -5,7 +5,7 @@ Models name the dims of their parameters; `RULES` says on which axis a name may 
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 AXES = ("data", "fsdp", "pipeline", "model")
 BATCH_AXES = ("data", "fsdp")
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 # Logical name of a parameter's dim -> mesh axis. `embed` is the dim that fsdp cuts; the others are cut by tensor parallelism.
 RULES = {"embed": "fsdp", "vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model", "norm": None, "head_dim": None}
@@ -30,13 +31,20 @@ class MeshConfig(Config):
     pipeline: int = Field(1, ge=-1)
     model: int = Field(1, ge=-1)
     fsdp_min_size: int = Field(2**14, ge=0)  # parameters with no more values than this stay whole under fsdp
+    fsdp_gather_dtype: Dtype | None = None  # of what fsdp cuts, when a step gathers it; None: as the model computes with it
+    fsdp_scatter_dtype: Dtype | None = None  # of its gradient, when summed over devices and scattered; None: as it comes
+
+    def dtypes(self) -> dict[str, str]:
+        """The dtypes of gathering and scattering that are set: they change bits, so they belong to the fingerprint."""
+        found = {"fsdp_gather_dtype": self.fsdp_gather_dtype, "fsdp_scatter_dtype": self.fsdp_scatter_dtype}
+        return {k: v for k, v in found.items() if v is not None}
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The axis sizes on `num_devices` devices. Raises ConfigError where they do not fit."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if 0 in sizes.values():
             raise ConfigError(f"mesh axis {next(a for a in AXES if sizes[a] == 0)} is 0; use 1 for an axis that is not used")
-        if sizes["pipeline"] not in (1, -1):
+        if sizes["pipeline"] != 1:
             raise ConfigError(f"mesh.pipeline={sizes['pipeline']} is not supported yet; set it to 1 and use fsdp or model instead")
         free = [a for a in AXES if sizes[a] == -1]
         if len(free) > 1:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import jax
 
-from . import contract, evaluate, fit, metrics, params, per_sample, restore
+from . import contract, evaluate, fit, fsdp, metrics, params, per_sample, restore
 from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
@@ -129,7 +129,10 @@ class TrainerModule:
 
     def create_training_step_function(self) -> Callable:
         """`(state, window, batch, alive) -> (state, window, alive)`, not jitted; see trainer.step."""
-        return make_train_step(self.loss_function, self.model.apply, self.optimizer, self.trainer_config)
+        mesh, shapes, c = self.mesh_config, self.shapes, self.trainer_config
+        cast = fsdp.make_cast(mesh, shapes.params, getattr(self.model, "cast", lambda params: params))
+        exchange = fsdp.make_exchange(mesh, self.mesh, shapes.params, mutable=shapes.mutable)
+        return make_train_step(self.loss_function, self.model.apply, self.optimizer, c, cast=cast, exchange=exchange)
 
     def create_evaluation_step_function(self) -> Callable:
         """`(params, mutable, window, batch) -> window`, not jitted."""
@@ -150,14 +153,8 @@ class TrainerModule:
     def shapes(self) -> TrainState:
         """The state as shapes with shardings; nothing is allocated."""
         shapes = jax.eval_shape(self._init)
-        shardings = state_shardings(
-            self.mesh,
-            shapes,
-            self.model,
-            self.inputs(self.exmp_batch),
-            optimizer=self.optimizer,
-            fsdp_min_size=self.mesh_config.fsdp_min_size,
-        )
+        inputs, small = self.inputs(self.exmp_batch), self.mesh_config.fsdp_min_size
+        shardings = state_shardings(self.mesh, shapes, self.model, inputs, optimizer=self.optimizer, fsdp_min_size=small)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def create_jitted_functions(self) -> None:

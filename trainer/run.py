@@ -61,7 +61,7 @@ class Run:
         )
         self.rows = Rows(run_dir.metrics)
         self.store = Checkpoints(run_dir.path, device_digest=config.checkpoint.device_digest)
-        self.fingerprint = fingerprint(trainer.mesh)
+        self.fingerprint = fingerprint(trainer.mesh) | trainer.mesh_config.dtypes()
         self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else config.num_steps
         self.window: Any = None
         self._committed = -1

@@ -42,13 +42,22 @@ def microbatch(batch: Any, index: Any, *, num: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:])[:, index], batch)
 
 
-def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, config: TrainerConfig) -> Callable:
+def make_train_step(
+    loss: LossFunction,
+    apply: Callable,
+    optimizer: Optimizer,
+    config: TrainerConfig,
+    *,
+    cast: Callable[[Any], Any] = lambda params: params,
+    exchange: Callable[[Callable], Callable] = lambda gradients: gradients,
+) -> Callable:
     """`(state, window, batch, alive) -> (state, window, alive)`: one update from one batch, its metrics merged into the window.
 
     With `gradient_accumulate_steps` = k the gradient is that of the whole batch: sums over microbatches, divided once by the
     total weight. `alive` is a bool scalar: a step that is not finite makes it false, and then neither it nor any later step
     changes the state, so what is in flight when the host looks does no harm. With `on_nonfinite` = skip such a step counts and
-    uses up its batch, but its update is left out, and `skipped_sum` says how often.
+    uses up its batch, but its update is left out, and `skipped_sum` says how often. The loss gets `cast(params)`, made once;
+    `exchange` may compute the gradients of a (micro)batch in another way, see fsdp.
     """
     num = config.gradient_accumulate_steps
 
@@ -65,18 +74,27 @@ def make_train_step(loss: LossFunction, apply: Callable, optimizer: Optimizer, c
         (value, (weight, parsed, kept)), grads = jax.value_and_grad(total, has_aux=True)(params)
         return (value.astype(jnp.float32), weight, grads, parsed), kept
 
+    exchanged = exchange(gradients)
+
     def join(a: tuple, b: tuple) -> tuple:
         grads = jax.tree.map(jnp.add, a[2], b[2])
         return a[0] + b[0], a[1] + b[1], grads, m.merge_batch(a[3], b[3])
 
     def accumulate(state: TrainState, batch: Any, key: jax.Array) -> tuple:
+        params = cast(state.params)
+
+        def part(mutable: Any, batch: Any, key: jax.Array) -> tuple:
+            (value, weight, grads, parsed), mutable = exchanged(params, mutable, batch, key)
+            grads = jax.tree.map(lambda g, master: g.astype(master.dtype), grads, state.params)  # sums in the master's dtype
+            return (value, weight, grads, parsed), mutable
+
         if num == 1:
-            return gradients(state.params, state.mutable, batch, key)
-        first, mutable = gradients(state.params, state.mutable, microbatch(batch, 0, num=num), jax.random.fold_in(key, 0))
+            return part(state.mutable, batch, key)
+        first, mutable = part(state.mutable, microbatch(batch, 0, num=num), jax.random.fold_in(key, 0))
 
         def body(carry: tuple, i: Any) -> tuple:
             total, mutable = carry
-            found, mutable = gradients(state.params, mutable, microbatch(batch, i, num=num), jax.random.fold_in(key, i))
+            found, mutable = part(mutable, microbatch(batch, i, num=num), jax.random.fold_in(key, i))
             return (join(total, found), mutable), None
 
         if config.gradient_accumulate_scan:

@@ -12,7 +12,11 @@ Variables = dict[str, Any]  # {"params": tree, "<collection>": tree, ...}
 
 
 class Model(Protocol):
-    """A model, as the trainer sees it. Stateless."""
+    """A model, as the trainer sees it. Stateless.
+
+    It may have a method `cast(params)`: the parameters as its products take them, for one cast per step, outside of the
+    microbatches; `apply` must do with either. Without one a step hands it the master weights.
+    """
 
     def init(self, rngs: dict[str, Any], inputs: Any) -> Variables:
         """New variables (arrays without boxes) for `inputs` of the shapes to come."""

@@ -9,10 +9,20 @@ from .base import Variables
 
 
 class LinenModel:
-    """A Model made of a linen module that is called as `module(inputs, train=...)`."""
+    """A Model made of a linen module that is called as `module(inputs, train=...)`.
 
-    def __init__(self, module: nn.Module):
+    `compute_dtype` is that of its products, to which it casts matrices anyway; None: whatever each layer does.
+    """
+
+    def __init__(self, module: nn.Module, *, compute_dtype: str | None = None):
         self.module = module
+        self.compute_dtype = compute_dtype
+
+    def cast(self, params: Any) -> Any:
+        """`params` with matrices in `compute_dtype`; vectors (scales of norms, biases) stay as they are."""
+        if self.compute_dtype is None:
+            return params
+        return jax.tree.map(lambda x: x.astype(self.compute_dtype) if x.ndim >= 2 else x, params)
 
     def init(self, rngs: dict[str, Any], inputs: Any) -> Variables:
         """New variables for a batch of `inputs`, without flax's boxes."""

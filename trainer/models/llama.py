@@ -69,4 +69,4 @@ class LlamaConfig(ModelConfig):
         from .linen import LinenModel
         from .transformer import Transformer
 
-        return LinenModel(Transformer(self))
+        return LinenModel(Transformer(self), compute_dtype=self.dtype)
