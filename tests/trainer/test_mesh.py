@@ -83,7 +83,8 @@ def kinds(lowered):
     return found
 
 out = {}
-settings = [{}, {"fsdp_gather_dtype": "bfloat16"}, {"fsdp_scatter_dtype": "bfloat16"}, {"fsdp_gather_dtype": "bfloat16", "fsdp_scatter_dtype": "float32"}]
+both = {"fsdp_gather_dtype": "bfloat16", "fsdp_scatter_dtype": "float32"}
+settings = [{}, {"fsdp_gather_dtype": "bfloat16"}, {"fsdp_scatter_dtype": "bfloat16"}, both]
 for data, fsdp, model, parts, number in [(2, 4, 1, 1, 0), (1, 8, 1, 1, 1), (1, 8, 1, 2, 2), (1, 8, 1, 2, 3), (2, 2, 2, 1, 3)]:
     trainer = TrainerModule(
         TrainerConfig(enable_progress_bar=False, gradient_accumulate_steps=parts, gradient_accumulate_scan=True),
