@@ -5,6 +5,7 @@ its folder, or an import path (`my_pkg.mamba:MambaConfig`), so that parts may li
 """
 
 import importlib
+import json
 from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, TypeAdapter
@@ -23,7 +24,7 @@ class Config(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields in JSON terms; `from_dict` is the exact inverse."""
-        return self.model_dump(mode="json")
+        return json.loads(self.model_dump_json())  # model_dump(mode="json") leaves infinities, which are no JSON
 
     @staticmethod
     def from_dict(

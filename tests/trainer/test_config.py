@@ -87,6 +87,13 @@ def test_any_trainer_config_with_any_parts_comes_back_from_json_as_it_was(config
     assert config.get("no such field") is None and config.get("no such field", 7) == 7
 
 
+@pytest.mark.parametrize("value", [float("inf"), 1e308, 1.1])
+def test_numbers_that_json_has_not_come_back_all_the_same(value):
+    config = TrainerConfig(callbacks=(GradientWatcherConfig(factor=value),))
+    data = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    assert TrainerConfig.from_dict(TrainerConfig, data) == config
+
+
 def dictionaries(data, path=()):
     """The path of every dictionary in nested data."""
     if isinstance(data, dict):
