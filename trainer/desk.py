@@ -33,10 +33,11 @@ class Pieces:
         self.empty = empty
         self.row = self.epoch = empty
 
-    def add(self, window: Any) -> None:
-        """Take in the next piece."""
+    def add(self, window: Any, *, epochs: bool) -> None:
+        """Take in the next piece; without `epochs` there is none to be part of."""
         self.row = window if self.row is self.empty else metrics.merge(self.row, window)
-        self.epoch = window if self.epoch is self.empty else metrics.merge(self.epoch, window)
+        if epochs:
+            self.epoch = window if self.epoch is self.empty else metrics.merge(self.epoch, window)
 
     def close_row(self) -> dict[str, float]:
         """The values of the row, which begins anew."""

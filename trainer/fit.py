@@ -147,7 +147,7 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
     for record in desk.stopwatch.watch(records):
         trainer.state, desk.window, trainer.global_step, trainer.first_step = record.state, record.window, record.step, False
         for step, window in record.closed:
-            desk.pieces.add(window)
+            desk.pieces.add(window, epochs=plan.per_epoch is not None)
             if plan.logs(step):
                 desk.row(step, plan.epoch(step), desk.pieces.close_row())
         desk.tell("on_training_step", epoch=plan.epoch(record.step))

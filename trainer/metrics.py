@@ -39,11 +39,15 @@ class Window:
     def of(cls, tree: Mapping[str, Any]) -> "Window":
         """The window of a tree of scalars."""
         leaves, layout = jax.tree.flatten(dict(tree))
-        return cls(_numpy_of(leaves[0]).stack(leaves), layout)
+        return cls(np.array(leaves) if _numpy_of(leaves[0]) is np else jnp.stack(leaves), layout)
 
     def tree(self) -> dict[str, Any]:
         """The scalars by their names."""
         return jax.tree.unflatten(self.layout, list(self.values))
+
+    def on_host(self) -> "Window":
+        """The window with a vector of NumPy; waits for it."""
+        return Window(np.asarray(self.values), self.layout)
 
     def tree_flatten_with_keys(self) -> tuple[tuple, Any]:
         """The vector under its name, and the layout."""
