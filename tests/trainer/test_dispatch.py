@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.trainer.test_mesh import on_eight_devices
 from tests.trainer.test_module import BAD, DATA, VAL, Told, _Failing, equal, poisoned, rows, saving
 from tests.trainer.toy import make_trainer
 from trainer import LoggerConfig, loop, metrics
@@ -153,6 +154,32 @@ def test_without_jit_the_steps_of_a_dispatch_are_done_one_by_one():
         trainer.train_model(DATA, None, num_train_steps=4, steps_per_epoch=4)
     for a, b in zip(jax.tree.leaves(plain.state.params), jax.tree.leaves(debugged.state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+CUT = """
+import json
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from tests.trainer.toy import make_data, make_trainer
+from trainer.params import digest, flatten
+
+out = {}
+for data, model in [(8, 1), (4, 2)]:
+    for per_dispatch in (1, 4):
+        trainer = make_trainer(noisy=True, mesh=(data, model), steps_per_dispatch=per_dispatch)
+        trainer.train_model(make_data(), None, num_train_steps=16)
+        out[f"{data}x{model}, {per_dispatch}"] = digest(flatten(jax.device_get(trainer.state)))
+batches = trainer.put_train(make_data(4))
+out["cut"] = [list(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(batches)]
+print(json.dumps(out))
+"""
+
+
+def test_on_eight_devices_stacked_batches_are_cut_by_their_rows_and_the_bits_are_those_of_single_steps():
+    found = on_eight_devices(CUT)
+    assert found["cut"] == [[4, 4, 2], [4, 4]]  # (steps, rows of 16 over data=4, ...)
+    for mesh in ("8x1", "4x2"):
+        assert found[f"{mesh}, 1"] == found[f"{mesh}, 4"]
 
 
 class OneBuffer:
