@@ -12,10 +12,10 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench lock clean
+.PHONY: help demo test lint format bench bench-loop lock clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 .uv/.ready:
 	@echo "· fetching uv"
@@ -43,8 +43,11 @@ format: $(READY) ## rewrite the sources in the house's format
 	@.venv/bin/ruff check -q --fix .
 	@.venv/bin/ruff format -q .
 
-bench: $(READY) ## what the pipeline costs over a bare jitted loop, as a table
+bench: bench-loop ## what the trainer and the whole pipeline cost over a bare jitted loop, as tables
 	@$(RUN) -m tests.benchmarks.overhead
+
+bench-loop: $(READY) ## the trainer's part of it
+	@$(RUN) -m tests.benchmarks.loop
 
 lock: .uv/.ready ## resolve requirements.lock anew
 	@$(UV) pip compile -q pyproject.toml --group dev --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --python-version 3.11 -o requirements.lock
