@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-loop lock clean
+.PHONY: help demo test lint format bench bench-loop bench-gpu lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ bench: bench-loop ## what the trainer and the whole pipeline cost over a bare ji
 
 bench-loop: $(READY) ## the trainer's part of it
 	@$(RUN) -m tests.benchmarks.loop
+
+bench-gpu: $(READY) ## on an accelerator: speed, utilisation, memory, a trace and equal bits, in minutes
+	@$(RUN) -m tests.benchmarks.gpu
 
 lock: .uv/.ready ## resolve requirements.lock anew
 	@$(UV) pip compile -q pyproject.toml --group dev --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --python-version 3.11 -o requirements.lock
