@@ -1,5 +1,5 @@
 """Raw text to prepared data: sources -> documents -> tokenizer -> rows -> shards with a manifest."""
 
-from .build import prepare
+from .build import Preparation, prepare
 
-__all__ = ["prepare"]
+__all__ = ["Preparation", "prepare"]

@@ -1,310 +1,252 @@
-"""Prepares data: a folder of shards, tokenizer and manifest, named by the digest of everything that goes into it.
+"""Prepares data: a folder of shards, tokenizer, report and manifest, named by the digest of everything that goes into it.
+
+The work is cut into jobs, each of which leaves a result named by what went into it (results.py). Whatever kills the
+preparation, the next one finds the results and does what is missing; whatever changes in the sources, the results of all
+else are found. Nothing that is written depends on who ran the jobs, how many at a time, or in what order:
+
+  survey     every unit of work: hashes of documents and paragraphs        parallel
+  settle     which documents stay, in which split; the digest              here
+  sample     some texts, for the tokenizer and the baseline                parallel
+  tokenizer  learnt from them, or given                                    here
+  tokenize   every unit of work; the baseline beside it                    parallel
+  pack       every shard, from a window of its split's stream of tokens    parallel
 
 The folder is made under another name, brought to the disk and renamed, so it is there whole or not at all. The same data
 is prepared once however many ask for it: a kernel lock per digest makes the others wait, and dies with its holder.
 """
 
-import fcntl
-import json
+import errno
 import logging
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from configs.prepare import TextDataConfig
-from trainer.data.base import FIELDS
-from trainer.data.packed import NAME, DataManifest, Duplicates, FileRecord, ShardRecord, SplitRecord, load_manifest
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.packed import NAME, DataManifest, Duplicates, FileRecord, ShardRecord, SplitRecord
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError
-from trainer.files import crc32c, fsync, fsync_tree, seal
+from trainer.files import crc32c, fsync_tree, seal
 from trainer.paths import cache_dir
 
 from ..refs import DataRef
-from .baseline import MODEL, ByteModel
-from .documents import SPLITS, Corpus, Survey
-from .packing import Packer
+from . import results
+from .baseline import MODEL
+from .documents import SPLITS
+from .folder import building, is_whole, locked, publish, remove_leftovers, set_aside
+from .jobs import Job, Runner, in_turn
+from .progress import Progress, Tell
+from .report import NAME as REPORT
+from .report import compose
+from .sample import BaselineJob, KeptReader, Sample, SampleJob
+from .settle import Settled, header_of, settle
+from .shards import NOTE, plan_shards
+from .sources.base import Reading
+from .sources.read import find_files
+from .survey import SurveyJob
+from .tokenizer import given_file, make_tokenizer
+from .tokens import TokenizeJob, versions
+from .units import units_of
 
 log = logging.getLogger(__name__)
-Progress = Callable[[str], None]
 
 TOKENIZER = "tokenizer.json"
-SHARD_TOKENS = 1 << 23  # 128 MB in four fields of int32
-PORTION = 1 << 20  # characters that are tokenized at a time
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT)
 
 
-def prepare(config: TextDataConfig, *, cache: Path | None = None, on_progress: Progress | None = None) -> DataRef:
+def prepare(
+    config: TextDataConfig,
+    *,
+    cache: Path | None = None,
+    on_progress: Tell | None = None,
+    run: Runner = in_turn,
+    on_advance: Callable[[Progress], None] | None = None,
+) -> DataRef:
     """The prepared data of `config`, made now unless `cache` (default: `trainer.paths.cache_dir()`) holds it already.
 
-    The documents are read in any case, since their text is part of the name. Raises DataError if they or the settings
-    leave a split empty or something is no text, StorageError if a store failed.
+    `run` runs the jobs; `on_progress` is told what is done in words, `on_advance` how far it is. Raises DataError if the
+    documents or the settings leave a split empty or something is no text, StorageError if a store failed.
     """
-    progress = on_progress or (lambda message: None)
-    tokenizer_file = _read_tokenizer(config)
-    corpus = Corpus(config, tokenizer_file=tokenizer_file)
-    progress(f"reading {config.path}")
-    survey = corpus.survey()
-    progress(f"read {survey.num_documents} documents")
-    folder = (cache or cache_dir()).absolute() / "data" / survey.digest[:16]
-    ref = DataRef(path=str(folder), digest=survey.digest)
-    if _is_whole(folder, survey.digest):
-        progress(f"found prepared in {folder}")
+    return Preparation(config, cache=cache, on_progress=on_progress, run=run, on_advance=on_advance).make()
+
+
+class Preparation:
+    """One preparation: its config, the units of work that a listing shows, and where its results are."""
+
+    def __init__(
+        self,
+        config: TextDataConfig,
+        *,
+        cache: Path | None = None,
+        on_progress: Tell | None = None,
+        run: Runner = in_turn,
+        on_advance: Callable[[Progress], None] | None = None,
+    ):
+        self.config = config
+        self.cache = (cache or cache_dir()).absolute() / "data"
+        self.work = self.cache / "work"
+        self._tell = on_progress or (lambda message: None)
+        self._run, self._on_advance = run, on_advance or (lambda progress: None)
+        self.given = given_file(config.tokenizer)
+        self._tell(f"listing {config.path}")
+        self.files = find_files(config.path)
+        self.units = units_of(self.files)
+        self.wanted = Reading(config.text_field, config.filters, config.max_document_bytes)
+        self._versions = versions()
+
+    def surveys(self) -> list[SurveyJob]:
+        """The first reading of every unit."""
+        config = self.config
+        return [SurveyJob(unit, self.wanted, config.max_bad_rows, config.limit, str(self.work)) for unit in self.units]
+
+    def settle(self, paths: list[Path]) -> Settled:
+        """What is to be made, after the first reading."""
+        return settle(self.config, header_of(self.config, self.given, self._versions), self.units, paths, folder=self.work)
+
+    def folder(self, digest: str) -> Path:
+        """Where it is to be."""
+        return self.cache / digest[:16]
+
+    def make(self) -> DataRef:
+        """Do it."""
+        config = self.config
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.cache, os.W_OK):
+                raise PermissionError(13, "it cannot be written")
+        except OSError as e:
+            raise DataError(f"the cache {self.cache} cannot be made: {e}; set EVERSTEP_CACHE to a folder that can be written") from e
+        try:
+            self._tell(f"reading {len(self.files)} files in {len(self.units)} parts")
+            paths = self._survey()
+            settled = self.settle(paths)
+            self._tell(f"read {sum(s.documents for s in settled.sources)} documents")
+            folder = self.folder(settled.digest)
+            ref = DataRef(path=str(folder), digest=settled.digest)
+            if is_whole(folder, settled.digest):
+                self._tell(f"found prepared in {folder}")
+                return ref
+            with locked(folder, self._tell):
+                if is_whole(folder, settled.digest):  # the one we waited for made it
+                    self._tell(f"found prepared in {folder}")
+                    return ref
+                set_aside(folder)
+                remove_leftovers(folder)
+                manifest = self._build(building(folder), settled, paths)
+                publish(folder)
+        except OSError as e:
+            if e.errno not in OF_THE_DISK:
+                raise  # the sources' are typed; what remains is another's
+            raise DataError(f"{self.cache} could not be written: {e}; free some space or set EVERSTEP_CACHE to another disk") from e
+        results.prune(self.work)
+        train, val = manifest.splits["train"], manifest.splits["val"]
+        log.info("prepared %s: %d + %d rows of %d tokens in %s", config.path, train.rows, val.rows, manifest.seq_len, folder)
+        self._tell(f"prepared in {folder}")
         return ref
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise DataError(f"the cache {folder.parent} cannot be made: {e}; set EVERSTEP_CACHE to a folder that can be written") from e
-    with _lock(folder, progress):
-        if _is_whole(folder, survey.digest):  # the one we waited for made it
-            progress(f"found prepared in {folder}")
-            return ref
-        _set_aside(folder)
-        _remove_leftovers(folder)
-        building = _building(folder)
-        building.mkdir()
-        try:
-            manifest = _build(building, config, corpus, survey, tokenizer_file, progress)
-        except OSError as e:  # of our own files: the sources' errors are typed
-            shutil.rmtree(building, ignore_errors=True)
-            raise DataError(f"{building} could not be written: {e}; free some space or set EVERSTEP_CACHE to another disk") from e
-        except BaseException:  # a stop too: nobody else will come for it
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        os.rename(building, folder)
-        fsync(folder.parent)
-    train, val = manifest.splits["train"], manifest.splits["val"]
-    log.info("prepared %s: %d + %d rows of %d tokens in %s", config.path, train.rows, val.rows, manifest.seq_len, folder)
-    progress(f"prepared in {folder}")
-    return ref
+
+    def _survey(self) -> list[Path]:
+        """Read all units; where only the first documents are wanted, not more of them than have those."""
+        jobs, limit = self.surveys(), self.config.limit
+        if limit is None:
+            return [Path(found["path"]) for found in self._all("reading", jobs)]
+        paths: list[Path] = []
+        have = 0
+        while have < limit and jobs:  # by the number of units that were read, so what is read depends on nothing else
+            some, jobs = jobs[: len(paths) + 1], jobs[len(paths) + 1 :]
+            found = [Path(one["path"]) for one in self._all("reading", some)]
+            have += sum(len(results.needed(path).arrays["documents"]) for path in found)
+            paths += found
+        self.units = self.units[: len(paths)]
+        return paths
+
+    def _all(self, stage: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Run jobs of one stage, telling how far they are."""
+        progress = Progress(stage, jobs)
+
+        def done(job: Job, facts: dict[str, Any]) -> None:
+            progress.add(job, facts)
+            self._on_advance(progress)
+
+        self._on_advance(progress)
+        return self._run(jobs, done)
+
+    def _build(self, folder: Path, settled: Settled, paths: list[Path]) -> DataManifest:
+        config, work = self.config, str(self.work)
+        splits = list(settled.documents)
+        kept = [
+            KeptReader(unit, self.wanted, str(survey), str(fate))
+            for unit, survey, fate in zip(self.units, paths, settled.fates, strict=True)
+        ]
+        drawn = [(reader, some) for reader, some in zip(kept, settled.sampled, strict=True) if some.any()]
+        samples = [SampleJob(reader, some.tobytes(), work) for reader, some in drawn]
+        sampled = tuple(found["path"] for found in self._all("sampling", samples))
+        self._tell(f"making the {config.tokenizer.kind} tokenizer")
+        tokenizer_path = self._tokenizer(folder, sampled)
+        tokenizer = load_tokenizer(tokenizer_path)
+        digest = results.key_of(crc32c(tokenizer_path), tokenizer_path.stat().st_size, self._versions)
+        self._tell(f"tokenizing {sum(settled.documents.values())} documents, counting the baseline, an {MODEL}")
+        jobs: list[Job] = [TokenizeJob(reader, str(tokenizer_path), digest, work) for reader in kept]
+        *tokens, baseline = self._all("tokenizing", [*jobs, BaselineJob(sampled, tuple(splits), work)])
+        self._tell("packing " + ", ".join(splits))
+        lengths = {split: [(found["path"], _lengths(found["path"], split)) for found in tokens] for split in splits}
+        plans = {
+            split: plan_shards(folder, split, lengths[split], packing=config.packing, seq_len=config.seq_len, eos_id=tokenizer.eos_id)
+            for split in splits
+        }
+        packed = iter(self._all("packing", [job for split in splits for job in plans[split]]))
+        records = {}
+        for split in splits:
+            shards = tuple(ShardRecord(**next(packed)) for _ in plans[split])
+            totals = {what: sum(found["splits"][split][what] for found in tokens) for what in ("documents", "bytes", "tokens")}
+            totals["tokens"] += totals["documents"]  # an end each
+            rows = sum(shard.rows for shard in shards)
+            records[split] = SplitRecord(**totals, rows=rows, shards=shards, utilisation=totals["tokens"] / (rows * config.seq_len))
+        manifest = DataManifest(
+            digest=settled.digest,
+            seq_len=config.seq_len,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            settings=config.prepare_settings(),
+            tokenizer=FileRecord(file=TOKENIZER, size=tokenizer_path.stat().st_size, crc32c=crc32c(tokenizer_path)),
+            splits=records,
+            duplicates=Duplicates(documents=settled.duplicates, paragraphs=settled.paragraphs),
+            baseline=baseline["baseline"],
+            sources=settled.sources,
+            left_out=settled.left_out,
+            histogram={split: histogram(np.concatenate([own for _, own in lengths[split]]) + 1) for split in splits},
+            versions=self._versions,
+        )
+        texts = {split: Sample(sampled, split) for split in splits}
+        (folder / REPORT).write_text(compose(config, manifest, settled.bad, texts), encoding="utf-8")
+        for note in folder.glob(f"*{NOTE}"):
+            note.unlink()
+        (folder / NAME).write_bytes(seal(manifest.to_dict()))
+        fsync_tree(folder)
+        return manifest
+
+    def _tokenizer(self, folder: Path, sampled: tuple[str, ...]) -> Path:
+        """The tokenizer in the building folder. One that is learnt is kept among the results too, as jobs read it from there."""
+        config = self.config.tokenizer
+        made_of = [config.settings(), self._versions, [Path(path).stem for path in sampled] if config.kind == "bpe" else None]
+        kept = self.work / "tokenizer" / f"{results.key_of(made_of)}.bin"
+        found = results.read(kept)
+        path = folder / TOKENIZER
+        if found is not None and self.given is None:
+            path.write_bytes(found.arrays["file"].tobytes())
+            results.is_whole(kept)
+        else:
+            make_tokenizer(path, config, Sample(sampled, SPLITS[0]), self.given)
+            if self.given is None:
+                results.write(kept, {}, {"file": np.frombuffer(path.read_bytes(), np.uint8)})
+        return path
 
 
-def _read_tokenizer(config: TextDataConfig) -> bytes | None:
-    if config.tokenizer.path is None:
-        return None
-    try:
-        return Path(config.tokenizer.path).expanduser().read_bytes()
-    except OSError as e:
-        raise DataError(f"data.tokenizer.path {config.tokenizer.path} cannot be read: {e.strerror}; name a tokenizer.json") from e
+def _lengths(path: str, split: str) -> np.ndarray:
+    return results.needed(Path(path)).arrays[f"{split}_lengths"].copy()
 
 
-def _is_whole(folder: Path, digest: str) -> bool:
-    try:
-        return load_manifest(folder).digest == digest
-    except DataError:
-        return False
-
-
-def _set_aside(folder: Path) -> None:
-    """What stands at `folder` and is not whole goes out of the way, but stays for whoever wants to know why."""
-    if not folder.exists():
-        return
-    try:
-        load_manifest(folder)
-        reason = "its manifest is of other data"
-    except DataError as e:
-        reason = str(e)
-    n = 1
-    while (aside := folder.with_name(f"{folder.name}.damaged-{n}")).exists():
-        n += 1
-    os.rename(folder, aside)
-    log.warning("prepared data was damaged and is made again: %s; moved to %s, which can be deleted", reason, aside)
-
-
-def _building(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.building")
-
-
-def _lock_path(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
-@contextmanager
-def _lock(folder: Path, progress: Progress) -> Iterator[None]:
-    """Be the only one that prepares `folder`; waits for whoever does."""
-    try:
-        fd = os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as e:
-        raise DataError(f"the cache {folder.parent} cannot be written: {e}; set EVERSTEP_CACHE to a folder that can") from e
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(f"waiting for another process that prepares {folder}")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what killed preparations left in the cache; a lock that can be had says that nobody works there."""
-    shutil.rmtree(_building(folder), ignore_errors=True)  # ours: the lock is held
-    for other in folder.parent.glob(".*.building"):
-        fd = os.open(other.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(other, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(fd)
-
-
-def _build(
-    folder: Path,
-    config: TextDataConfig,
-    corpus: Corpus,
-    survey: Survey,
-    tokenizer_file: bytes | None,
-    progress: Progress,
-) -> DataManifest:
-    splits = [name for name in SPLITS if name != "test" or config.test_fraction > 0]
-    texts = {split: Spool(folder / f"{split}.spool") for split in splits}
-    num_paragraphs = 0
-    for split, text, removed in corpus.cleaned(survey):
-        num_paragraphs += removed
-        if text.strip():
-            texts[split].add(text)
-    for split, spool in texts.items():
-        spool.close()
-        if not spool.documents:
-            raise DataError(f"{split} is empty: all its paragraphs stand in held-out documents too; give text that repeats itself less")
-    documents, size = (sum(getattr(spool, what) for spool in texts.values()) for what in ("documents", "bytes"))
-    progress(f"{documents} documents, {size / 1e6:.1f} MB; making the {config.tokenizer.kind} tokenizer")
-    _make_tokenizer(folder / TOKENIZER, config, texts["train"], tokenizer_file)
-    tokenizer = load_tokenizer(folder)
-    records = {}
-    for split, spool in texts.items():
-        progress(f"packing {split}: {spool.documents} documents, {spool.bytes / 1e6:.1f} MB")
-        records[split] = _pack(folder, split, spool, tokenizer, seq_len=config.seq_len)
-    progress(f"counting for the baseline, an {MODEL}")
-    model = ByteModel.train(texts["train"])
-    baseline = {"model": MODEL} | {split: model.bits_per_byte(texts[split]) for split in splits if split != "train"}
-    for spool in texts.values():
-        spool.path.unlink()
-    manifest = DataManifest(
-        digest=survey.digest,
-        seq_len=config.seq_len,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        settings=config.prepare_settings(),
-        tokenizer=FileRecord(**_record(folder / TOKENIZER)),
-        splits=records,
-        duplicates=Duplicates(documents=survey.num_duplicates, paragraphs=num_paragraphs),
-        baseline=baseline,
-    )
-    (folder / NAME).write_bytes(seal(manifest.to_dict()))
-    fsync_tree(folder)
-    return manifest
-
-
-class Spool:
-    """Texts in a file, one JSON string a line: read several times, held in memory never."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.documents = self.bytes = 0
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (close() closes it)
-
-    def add(self, text: str) -> None:
-        self.documents += 1
-        self.bytes += len(text.encode())
-        self._file.write(json.dumps(text, ensure_ascii=False) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __iter__(self) -> Iterator[str]:
-        with open(self.path, encoding="utf-8", newline="\n") as f:
-            for line in f:
-                yield json.loads(line)
-
-
-def _make_tokenizer(path: Path, config: TextDataConfig, texts: Iterable[str], given: bytes | None) -> None:
-    from .tokenizer import make_byte, train_bpe
-
-    if given is not None:
-        path.write_bytes(given)
-    elif config.tokenizer.kind == "byte":
-        make_byte().save(str(path))
-    else:
-        assert config.tokenizer.vocab_size is not None  # the config fills it in
-        train_bpe(texts, vocab_size=config.tokenizer.vocab_size).save(str(path))
-
-
-def _pack(folder: Path, split: str, texts: "Spool", tokenizer: Tokenizer, *, seq_len: int) -> SplitRecord:
-    packer = Packer(seq_len=seq_len, eos_id=tokenizer.eos_id)
-    writer = ShardWriter(folder, split, seq_len=seq_len)
-    num_tokens = 0
-    for portion in _portions(texts):
-        documents = tokenizer.encode_batch(portion)
-        num_tokens += sum(len(tokens) + 1 for tokens in documents)
-        writer.add(packer.add(documents))
-    writer.add(packer.finish())
-    shards = writer.close()
-    return SplitRecord(
-        documents=texts.documents, bytes=texts.bytes, tokens=num_tokens, rows=sum(shard.rows for shard in shards), shards=shards
-    )
-
-
-def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
-    portion: list[str] = []
-    size = 0
-    for text in texts:
-        portion.append(text)
-        size += len(text)
-        if size >= PORTION:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
-
-
-def _record(path: Path) -> dict:
-    return {"file": path.name, "size": path.stat().st_size, "crc32c": crc32c(path)}
-
-
-class ShardWriter:
-    """Writes rows to `SPLIT-NNNNN.arrow`, a new file whenever one is full."""
-
-    def __init__(self, folder: Path, split: str, *, seq_len: int):
-        import pyarrow as pa
-
-        self._folder, self._split = folder, split
-        self._rows_per_shard = max(1, SHARD_TOKENS // seq_len)
-        # "not null" inside and out: the reader sees plain int32, without validity bitmaps
-        rows = pa.list_(pa.field("item", pa.int32(), nullable=False), seq_len)
-        self._schema = pa.schema([pa.field(field, rows, nullable=False) for field in FIELDS])
-        self._shards: list[tuple[Path, int]] = []  # with the rows so far
-        self._writer: pa.RecordBatchFileWriter | None = None
-
-    def add(self, rows: dict[str, np.ndarray]) -> None:
-        """Append `rows`: each field int32 (rows, seq)."""
-        import pyarrow as pa
-
-        start, total = 0, len(rows["inputs"])
-        while start < total:
-            if self._writer is None:
-                path = self._folder / f"{self._split}-{len(self._shards):05d}.arrow"
-                self._writer = pa.ipc.new_file(str(path), self._schema)
-                self._shards.append((path, 0))
-            path, have = self._shards[-1]
-            stop = min(total, start + self._rows_per_shard - have)
-            columns = [
-                pa.FixedSizeListArray.from_arrays(pa.array(rows[field.name][start:stop].ravel()), type=field.type) for field in self._schema
-            ]
-            self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-            self._shards[-1] = (path, have + stop - start)
-            if self._shards[-1][1] == self._rows_per_shard:
-                self._writer.close()
-                self._writer = None
-            start = stop
-
-    def close(self) -> tuple[ShardRecord, ...]:
-        """Finish the last file. Returns what was written."""
-        if self._writer is not None:
-            self._writer.close()
-        return tuple(ShardRecord(**_record(path), rows=rows) for path, rows in self._shards)
+def histogram(lengths: np.ndarray) -> tuple[int, ...]:
+    """How many are from 2**i to 2**(i+1) - 1, for each i up to the largest."""
+    return tuple(np.bincount(np.frexp(lengths)[1] - 1).tolist())

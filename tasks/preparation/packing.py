@@ -1,60 +1,123 @@
-"""Documents of tokens to rows of one length: concatenate and split, nothing cut away, nothing read across a border.
+"""Documents of tokens to rows of one length: nothing cut away, nothing read across a border.
 
 A document t1..tn becomes the stretch inputs [eos, t1, ..., tn], targets [t1, ..., tn, eos]: every token is predicted once,
-the first and the end too. Where a row ends within a stretch, the rest goes on in the next row as a stretch of its own.
+the first and the end too. What does not fit into a row is cut into stretches of their own, each of which begins with the
+token before it as its first input.
+
+The stream of a split is all its targets, one document after the other. A window of it is packed by itself, so windows may
+be packed anywhere at once; where they begin depends on the stream alone.
 """
 
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+Rows = dict[str, np.ndarray]  # each field of a batch, int32 of shape (rows, seq)
 
-class Packer:
-    """Takes documents in any portions and gives rows as they fill; the portions do not change the rows."""
 
-    def __init__(self, *, seq_len: int, eos_id: int):
-        self._seq_len, self._eos_id = seq_len, eos_id
-        # What does not fill a row yet: inputs, targets, and 1 where a document starts.
-        self._rest = np.zeros((3, 0), np.int32)
+class Stream(NamedTuple):
+    """Some documents in a row, as one array."""
 
-    def add(self, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """The rows that `documents` (int32 tokens without an end) fill up: each field int32 (rows, seq), rows perhaps 0."""
-        eos = np.full(1, self._eos_id, np.int32)
-        tokens = np.concatenate([part for document in documents for part in (document, eos)] or [eos[:0]]).astype(np.int32, copy=False)
-        ends = np.cumsum([len(document) + 1 for document in documents], dtype=np.int64)
-        stream = np.zeros((3, len(tokens)), np.int32)
-        inputs, targets, starts = stream
-        targets[:] = tokens
-        inputs[1:] = tokens[:-1]
-        if len(tokens):
-            inputs[0] = self._eos_id
-            starts[0] = 1
-            starts[ends[:-1]] = 1
-        stream = np.concatenate([self._rest, stream], axis=1)
-        whole = stream.shape[1] // self._seq_len * self._seq_len
-        self._rest = stream[:, whole:].copy()
-        return self._rows(stream[:, :whole])
+    tokens: np.ndarray  # int32: of all documents, without ends
+    lengths: np.ndarray  # int64: of each, without its end
 
-    def finish(self) -> dict[str, np.ndarray]:
-        """The last row, filled up with padding (0 in all fields), if there is a rest; no rows otherwise."""
-        length = self._rest.shape[1]
-        padded = np.pad(self._rest, ((0, 0), (0, -length % self._seq_len)))
-        self._rest = np.zeros((3, 0), np.int32)
-        rows = self._rows(padded)
-        if length % self._seq_len:
-            for field in ("segment_ids", "positions"):
-                rows[field][-1, length:] = 0
-        return rows
+    def targets(self, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """The targets of all, int32, and where each document starts in them, int64."""
+        starts = np.cumsum(self.lengths + 1) - (self.lengths + 1)
+        targets = np.full(len(self.tokens) + len(self.lengths), eos_id, np.int32)
+        inside = np.ones(len(targets), bool)
+        inside[starts + self.lengths] = False
+        targets[inside] = self.tokens
+        return targets, starts
 
-    def _rows(self, stream: np.ndarray) -> dict[str, np.ndarray]:
-        inputs, targets, starts = stream.reshape(3, -1, self._seq_len)
-        starts = starts.copy()
-        starts[:, :1] = 1  # a stretch that crosses into a row begins anew there
-        column = np.arange(self._seq_len, dtype=np.int32)
-        stretch_starts = np.maximum.accumulate(np.where(starts == 1, column, 0), axis=1)
-        return {
-            "inputs": inputs,
-            "targets": targets,
-            "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32),
-            "positions": (column - stretch_starts).astype(np.int32),
-        }
+
+def greedy(stream: Stream, *, start: int, stop: int, seq_len: int, eos_id: int) -> Rows:
+    """The rows of positions `start` to `stop` of the stream, one document after the other; the last is filled up with padding.
+
+    A stretch ends where its document or its row does. Padding is 0 in all fields.
+    """
+    targets, starts = stream.targets(eos_id)
+    begins = np.zeros(len(targets), bool)
+    begins[starts] = True
+    inputs = np.empty_like(targets)
+    inputs[1:] = targets[:-1]
+    inputs[starts] = eos_id
+    length = min(stop, len(targets)) - start
+    padding = -length % seq_len
+
+    def rows_of(array: np.ndarray) -> np.ndarray:
+        return np.pad(array[start : start + length], (0, padding)).reshape(-1, seq_len)
+
+    first = rows_of(begins)
+    first[:, :1] = True  # a stretch that crosses into a row begins anew there
+    column = np.arange(seq_len, dtype=np.int32)
+    positions = column - np.maximum.accumulate(np.where(first, column, 0), axis=1)
+    rows = {
+        "inputs": rows_of(inputs),
+        "targets": rows_of(targets),
+        "segment_ids": np.cumsum(first, axis=1, dtype=np.int32),
+        "positions": positions.astype(np.int32),
+    }
+    if padding:
+        rows["segment_ids"][-1, -padding:] = rows["positions"][-1, -padding:] = 0
+    return rows
+
+
+def best_fit(stream: Stream, *, seq_len: int, eos_id: int) -> Rows:
+    """The rows of whole documents, where one that fits into a row is never cut (Ding et al. 2024, arXiv 2404.10830).
+
+    Longer ones are cut into stretches that fill a row, and a last one. All that is shorter than a row is put, the longest
+    first, into the row with the least room that has enough; of equal ones the earlier document first, and into the row that
+    came to have that room first.
+    """
+    targets, starts = stream.targets(eos_id)
+    pieces = [(at, min(seq_len, end - at)) for start, end in _spans(starts, len(targets)) for at in range(start, end, seq_len)]
+    placed, num_rows = _place([size for _, size in pieces], seq_len)
+    rows = {field: np.zeros((num_rows, seq_len), np.int32) for field in ("inputs", "targets", "segment_ids", "positions")}
+    segments = [0] * num_rows
+    begins = set(starts.tolist())
+    count = np.arange(seq_len, dtype=np.int32)
+    for i in sorted(range(len(pieces)), key=placed.__getitem__):  # so that segments are counted from the left
+        (at, size), (row, column) = pieces[i], placed[i]
+        segments[row] += 1
+        place = slice(column, column + size)
+        rows["targets"][row, place] = targets[at : at + size]
+        rows["inputs"][row, place][1:] = targets[at : at + size - 1]
+        rows["inputs"][row, column] = eos_id if at in begins else targets[at - 1]
+        rows["segment_ids"][row, place] = segments[row]
+        rows["positions"][row, place] = count[:size]
+    return rows
+
+
+def _spans(starts: np.ndarray, end: int) -> list[tuple[int, int]]:
+    return list(zip(starts.tolist(), [*starts.tolist()[1:], end], strict=True)) if len(starts) else []
+
+
+def _place(sizes: Sequence[int], seq_len: int) -> tuple[list[tuple[int, int]], int]:
+    """(row, column) of each piece by best-fit-decreasing, and how many rows there are."""
+    placed = [(0, 0)] * len(sizes)
+    num_rows = 0
+    rooms: list[int] = []  # sorted, those that some row has
+    rows_with: dict[int, deque[int]] = {}  # rows by their room, the first to have it first
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        size = sizes[i]
+        at = bisect_left(rooms, size)
+        if at == len(rooms):
+            row, room = num_rows, seq_len
+            num_rows += 1
+        else:
+            room = rooms[at]
+            row = rows_with[room].popleft()
+            if not rows_with[room]:
+                del rows_with[room], rooms[at]
+        placed[i] = (row, seq_len - room)
+        left = room - size
+        if left:
+            if left not in rows_with:
+                rows_with[left] = deque()
+                insort(rooms, left)
+            rows_with[left].append(row)
+    return placed, num_rows

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 NAME = "manifest.json"
-VERSION = 1  # of the files below a prepared folder; part of their digest
+VERSION = 2  # of the files below a prepared folder; part of their digest
 
 
 class PackedConfig(PartConfig):
@@ -56,6 +56,7 @@ class SplitRecord(Config):
     bytes: int  # of their text in UTF-8
     tokens: int  # real targets: the documents' tokens and one end for each
     rows: int
+    utilisation: float = 1.0  # of the rows' places, how many hold a target
     shards: tuple[ShardRecord, ...]
 
 
@@ -64,6 +65,15 @@ class Duplicates(Config):
 
     documents: int  # equal to an earlier document
     paragraphs: int  # of training that stand in val or test, and of val that stand in test
+
+
+class SourceRecord(Config):
+    """A file that was read."""
+
+    path: str
+    bytes: int  # as stored
+    documents: int  # read from it, duplicates too
+    sha256: str  # of the documents' hashes in order, so of what it says and not of how it is stored
 
 
 class DataManifest(Config):
@@ -79,6 +89,10 @@ class DataManifest(Config):
     splits: dict[str, SplitRecord]  # train, val, and test unless its fraction is 0
     duplicates: Duplicates
     baseline: dict[str, Any]  # {"model", "val", "test"}: bits per byte of a simple model, to compare with
+    sources: tuple[SourceRecord, ...] = ()  # where they lay when this was made; the digest does not know it
+    left_out: dict[str, int] = Field(default_factory=dict)  # rows that are no documents, by reason
+    histogram: dict[str, tuple[int, ...]] = Field(default_factory=dict)  # by split: documents of 2**i to 2**(i+1) - 1 tokens, ends included
+    versions: dict[str, str] = Field(default_factory=dict)  # of the libraries that shape the rows
 
     def split(self, name: str) -> SplitRecord:
         """The record of split `name`. Raises DataError if there is none."""

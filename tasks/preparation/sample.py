@@ -1,0 +1,137 @@
+"""The second reading: some documents of each split, from which the tokenizer is learnt and the baseline counted."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trainer.data.packed import VERSION
+from trainer.errors import DataError
+
+from . import results
+from .documents import SPLITS, without
+from .hashes import as_array, hash_of
+from .sources.base import Document, Reading
+from .sources.read import read_documents
+from .survey import label
+from .units import Unit
+
+
+class KeptReader(NamedTuple):
+    """The documents of a unit that stay, as the survey found and the settling left them."""
+
+    unit: Unit
+    wanted: Reading
+    survey: str  # path of its result
+    fate: str  # path of its result
+
+    def documents(self) -> Iterator[tuple[int, int, str]]:
+        """(number in the unit, index of the split, text) of each document that stays.
+
+        Raises DataError, at the document or at the end, if what is read now is not what was surveyed.
+        """
+        surveyed, fate = results.needed(Path(self.survey)), results.needed(Path(self.fate))
+        hashes, counts = surveyed.arrays["documents"], surveyed.arrays["counts"]
+        borders = np.concatenate([[0], np.cumsum(counts)])
+        split, taken = fate.arrays["split"], fate.arrays["taken"]
+        number = 0
+        for part, facts in zip(self.unit.parts, surveyed.facts["parts"], strict=True):
+            end = number + facts["documents"]
+            for item in read_documents(part, self.wanted):
+                if not isinstance(item, Document):
+                    continue
+                if number == end:
+                    if facts["cut"]:
+                        break  # beyond data.limit
+                    raise _changed(part.file.path)
+                if not np.array_equal(as_array([hash_of(item.text)])[0], hashes[number]):
+                    raise _changed(part.file.path)
+                if split[number] >= 0:
+                    yield number, int(split[number]), without(item.text, taken[borders[number] : borders[number + 1]])
+                number += 1
+            if number != end:
+                raise _changed(part.file.path)
+
+
+def _changed(path: str) -> DataError:
+    return DataError(f"{path} changed while it was prepared; start again when nothing writes to it")
+
+
+class SampleJob(NamedTuple):
+    """Reads the documents of one unit that were drawn."""
+
+    kept: KeptReader
+    drawn: bytes  # a byte a document, 1 where it was
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return f"sample[{label(self.kept.unit)}]"
+
+    @property
+    def size(self) -> int:
+        return self.kept.unit.weight
+
+    @property
+    def path(self) -> Path:
+        fate = Path(self.kept.fate).stem
+        return Path(self.folder, "sample", results.key_of(VERSION, fate, self.drawn.hex()) + ".bin")
+
+    def run(self) -> dict[str, Any]:
+        """{"path"} of the result."""
+        if not results.is_whole(self.path):
+            texts: list[list[bytes]] = [[] for _ in SPLITS]
+            for number, split, text in self.kept.documents():
+                if self.drawn[number]:
+                    texts[split].append(text.encode())
+            arrays = {}
+            for name, some in zip(SPLITS, texts, strict=True):
+                arrays[name] = np.frombuffer(b"".join(some), np.uint8)
+                arrays[f"{name}_sizes"] = np.array([len(text) for text in some], np.int64)
+            results.write(self.path, {}, arrays)
+        return {"path": str(self.path)}
+
+
+class Sample:
+    """The drawn documents of a split, in their order, read anew at each pass."""
+
+    def __init__(self, paths: Sequence[str], split: str):
+        self._paths, self._split = paths, split
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self._paths:
+            found = results.needed(Path(path)).arrays
+            data, place = found[self._split], 0
+            for size in found[f"{self._split}_sizes"].tolist():
+                yield data[place : place + size].tobytes().decode()
+                place += size
+
+
+class BaselineJob(NamedTuple):
+    """Counts on the sample what a simple model reaches; see baseline.py."""
+
+    samples: tuple[str, ...]
+    splits: tuple[str, ...]
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return "baseline"
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def run(self) -> dict[str, Any]:
+        """{"baseline": the manifest's record}."""
+        from .baseline import MODEL, ByteModel
+
+        path = Path(self.folder, "baseline", results.key_of(VERSION, [Path(p).stem for p in self.samples], self.splits) + ".bin")
+        if (found := results.read(path)) is not None:
+            return found.facts
+        model = ByteModel.train(Sample(self.samples, "train"))
+        values = {split: model.bits_per_byte(Sample(self.samples, split)) for split in self.splits if split != "train"}
+        facts = {"baseline": {"model": MODEL, **values}}
+        results.write(path, facts, {})
+        return facts
