@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-loop bench-gpu lock clean
+.PHONY: help demo test lint format bench bench-loop bench-data bench-gpu kills lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -49,8 +49,15 @@ bench: bench-loop ## what the trainer and the whole pipeline cost over a bare ji
 bench-loop: $(READY) ## the trainer's part of it
 	@$(RUN) -m tests.benchmarks.loop
 
+bench-data: $(READY) ## what preparing 50 MB costs over the bare tokenizer, and what the loader gives
+	@$(RUN) -m tests.benchmarks.preparation
+	@$(RUN) -m tests.benchmarks.loader
+
 bench-gpu: $(READY) ## on an accelerator: speed, utilisation, memory, a trace and equal bits, in minutes
 	@$(RUN) -m tests.benchmarks.gpu
+
+kills: $(READY) ## kill a preparation 20 times at random and compare its shards (`make test` does it three times)
+	@EVERSTEP_KILLS=20 $(RUN) -m pytest --timeout 3000 tests/flows/test_prepare.py -k kill
 
 lock: .uv/.ready ## resolve requirements.lock anew
 	@$(UV) pip compile -q pyproject.toml --group dev --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --python-version 3.11 -o requirements.lock

@@ -16,7 +16,9 @@ from cyclopts import App, Parameter
 
 from trainer.errors import ConfigError, EverstepError, RunDirError, StoppedError
 
+from . import data
 from .console import say
+from .shell import Json, answer, next_step, shown, split_preset
 
 app = App(
     name="everstep",
@@ -25,30 +27,13 @@ app = App(
 )
 config_app = App(name="config", help="Show presets and what a run's config may hold.")
 app.command(config_app)
+app.command(data.prepare)
+app.command(data.app)
 
-Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout; everything else goes to stderr.")]
 RunPath = Annotated[str, Parameter(help="A run directory, or its name under runs/.")]
 Overrides = Annotated[tuple[str, ...], Parameter(help="Changes of the preset, such as optimizer.schedule.lr=1e-3 or model=llama-small.")]
 RunDirOption = Annotated[Path | None, Parameter(name="--run-dir", help="Where the run lives; runs/NAME if not given.")]
 RequireExact = Annotated[bool, Parameter(name="--require-exact", negative="", help="Refuse to go on where bits might differ.")]
-
-
-def next_step(*commands: str) -> None:
-    """Name what one may want to do next."""
-    say("next: " + "\n      ".join(commands))
-
-
-def answer(result: dict[str, Any], *, as_json: bool) -> None:
-    """The one JSON object, where it is asked for."""
-    if as_json:
-        print(json.dumps(result), flush=True)
-
-
-def split_preset(words: tuple[str, ...], *, default: str = "tiny") -> tuple[str, list[str]]:
-    """The preset (or file) among the words, if any, and the overrides."""
-    if words and ("=" not in words[0] or words[0].endswith(".yaml")):
-        return words[0], list(words[1:])
-    return default, list(words)
 
 
 def run_path(run: str) -> Path:
@@ -57,12 +42,6 @@ def run_path(run: str) -> Path:
         if (path / "config.json").exists():
             return path.absolute()
     raise RunDirError(f"there is no run at {Path(run)} or {Path('runs', run)}; `everstep train` makes one, `ls runs` shows what there is")
-
-
-def shown(path: Path | str) -> str:
-    """A path as short as it can be typed here."""
-    short = os.path.relpath(path)
-    return short if not short.startswith("..") else str(path)
 
 
 @app.command
@@ -246,25 +225,6 @@ def generate(
         print(flush=True)
     next_step(f"everstep generate {shown(path)} --prompt '...' --seed {seed + 1}")
     answer(found, as_json=as_json)
-
-
-@app.command
-def prepare(*words: str, as_json: Json = False) -> None:
-    """Prepare the data of a preset: read it, split it, train the tokenizer, pack it. Done once; training does it by itself."""
-    from configs.load import load
-    from trainer.data import load_manifest
-
-    from . import use
-
-    preset, overrides = split_preset(words)
-    config = load(preset, overrides)
-    ref = use.prepare(config, quiet=False)
-    manifest = load_manifest(ref.path)
-    for name, split in manifest.splits.items():
-        if not as_json:
-            say(f"{name:<6} {split.documents:>9,} documents  {split.bytes:>13,} bytes  {split.tokens:>12,} tokens  {split.rows:>10,} rows")
-    next_step(f"everstep train {' '.join(words)}".rstrip())
-    answer({"path": ref.path, "digest": ref.digest, "splits": {k: v.to_dict() for k, v in manifest.splits.items()}}, as_json=as_json)
 
 
 @app.command

@@ -101,6 +101,8 @@ class Display:
     def _tell(self, kind: str, value: Any) -> None:
         if kind == "beat":
             self._at(value["step"], value["phase"])
+        elif kind == "prepare":
+            self._preparing(value)
         elif kind == "row":
             split, step, values = value
             if split == "train":
@@ -108,6 +110,10 @@ class Display:
             else:
                 shown = {k: values[k] for k in ("loss", "bits_per_byte", "accuracy") if values.get(k) is not None}
                 self.line(f"{split} at step {step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in shown.items()))
+
+    def _preparing(self, progress: Any) -> None:
+        if self._live:
+            self._live.update(self._bar, description="preparing data", values=str(progress))
 
     def _at(self, step: int, phase: str) -> None:
         if self._live and step >= 0:
@@ -122,6 +128,40 @@ class Display:
         if self.total and (seconds := values.get("time_step_s")):
             parts.append(f"ETA {duration(seconds * (self.total - step))}")
         self.line(f"step {step}/{self.total}  " + "  ".join(parts))
+
+
+class Preparing:
+    """How far a preparation is: a bar on a terminal, elsewhere a line now and then."""
+
+    EVERY = 10.0  # seconds between two lines
+
+    def __init__(self, display: Display):
+        self._display = display
+        self._bar: Any = None
+        self._last = 0.0
+
+    def __enter__(self) -> "Preparing":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
+            self._display._live = self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=1.0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._display.stop()
+
+    def advance(self, progress: Any) -> None:
+        """Show `progress` of a stage; see tasks.preparation.progress."""
+        if self._bar:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.update(self._task, completed=progress.fraction, description=str(progress))
+        elif progress.num_jobs and (time.monotonic() - self._last > self.EVERY or progress.jobs_done == progress.num_jobs):
+            self._last = time.monotonic()
+            self._display.line(str(progress))
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ class Artifacts:
         self._changed = threading.Condition()
         self._busy = False
         self._closed = False
-        self._progress_id: object = None
+        self._progress: dict[str, object] = {}  # ids, by key
         context = contextvars.copy_context()  # holds the flow run
         self._thread = threading.Thread(target=lambda: context.run(self._send_all), name="artifacts", daemon=True)
         self._thread.start()
@@ -40,16 +40,16 @@ class Artifacts:
         self._put(key, lambda: create_table_artifact(rows, key=key, description=description))
 
     def progress(self, key: str, percent: float, *, description: str) -> None:
-        """Show how far the run is; one artifact that moves."""
+        """Show how far something is; one artifact a key, that moves."""
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         def send() -> None:
-            if self._progress_id is None:
-                self._progress_id = create_progress_artifact(percent, key=key, description=description)
+            if key not in self._progress:
+                self._progress[key] = create_progress_artifact(percent, key=key, description=description)
             else:
-                update_progress_artifact(self._progress_id, percent, description=description)  # type: ignore[arg-type]
+                update_progress_artifact(self._progress[key], percent, description=description)  # type: ignore[arg-type]
 
-        self._put("progress", send)
+        self._put(key, send)
 
     def close(self, timeout: float = 15.0) -> None:
         """Wait at most `timeout` seconds for what is still to be sent; the rest is given up with a warning."""

@@ -31,4 +31,6 @@ WITH_TRAINER: dict[str, Any] = {
     "retry_condition_fn": can_help,
     "cache_policy": NO_CACHE,
 }
+# A shard of a preparation: the task around it begins again too, and finds what is done.
+WITH_SHARD: dict[str, Any] = {**WITH_TRAINER, "retries": 3, "retry_delay_seconds": STORE_DELAYS[:3]}
 WITH_STORE: dict[str, Any] = {**WITH_TRAINER, "retries": STORE_RETRIES, "retry_delay_seconds": STORE_DELAYS}

@@ -56,6 +56,15 @@ class StopRequests:
         finally:
             self._raises -= 1
 
+    @contextlib.contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Within `interruptible`: code that asks by `check` where it can be cut off."""
+        before, self._raises = self._raises, 0
+        try:
+            yield
+        finally:
+            self._raises = before
+
     def check(self) -> None:
         """Raise StoppedError if a stop was asked for."""
         if self.asked:

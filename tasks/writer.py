@@ -42,7 +42,7 @@ class Writer:
         self.on_result: Callable[[dict[str, Any]], None] = lambda result: None
         self.listeners: list[Callable[[str, Any], None]] = []  # told of rows and signs of life, in the thread that waits for them
         self.stops = StopRequests(at_once=lambda: note_stop(run_dir, "a second request"))
-        self.session: Session = make_session(config, run_dir, lock_fd, listener=self._tell, require_exact=require_exact, stops=self.stops)
+        self.session: Session = make_session(config, run_dir, lock_fd, listener=self.tell, require_exact=require_exact, stops=self.stops)
 
     @functools.cached_property
     def artifacts(self) -> Artifacts:
@@ -55,7 +55,8 @@ class Writer:
         self.result = result
         self.on_result(result)
 
-    def _tell(self, kind: str, value: Any) -> None:
+    def tell(self, kind: str, value: Any) -> None:
+        """Tell all listeners of something."""
         for listener in self.listeners:
             listener(kind, value)
 

@@ -109,8 +109,32 @@ class Preparation:
         """Where it is to be."""
         return self.cache / digest[:16]
 
+    def known(self) -> DataRef | None:
+        """What was prepared from these very files and settings, if it is whole. Reads no more than a listing."""
+        if (path := self._known_path()) is None or (found := results.read(path)) is None:
+            return None
+        folder = self.folder(found.facts["digest"])
+        return DataRef(path=str(folder), digest=found.facts["digest"]) if is_whole(folder, found.facts["digest"]) else None
+
+    def _known_path(self) -> Path | None:
+        paths = [job.path for job in self.surveys()]
+        if any(path is None for path in paths):
+            return None
+        header = header_of(self.config, self.given, self._versions)
+        return self.work / "known" / f"{results.key_of(header, [path.name for path in paths if path], self.config.max_bad_rows)}.bin"
+
     def make(self) -> DataRef:
         """Do it."""
+        if (ref := self.known()) is not None:
+            self._tell(f"found prepared in {ref.path}")
+            return ref
+        known = self._known_path()
+        ref = self._make()
+        if known is not None:
+            results.write(known, {"digest": ref.digest}, {})
+        return ref
+
+    def _make(self) -> DataRef:
         config = self.config
         try:
             self.cache.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,36 @@
+"""What the commands share: their common options, and how they say what they found."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from .console import say
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout; everything else goes to stderr.")]
+
+
+def next_step(*commands: str) -> None:
+    """Name what one may want to do next."""
+    say("next: " + "\n      ".join(commands))
+
+
+def answer(result: dict[str, Any], *, as_json: bool) -> None:
+    """The one JSON object, where it is asked for."""
+    if as_json:
+        print(json.dumps(result), flush=True)
+
+
+def split_preset(words: tuple[str, ...], *, default: str = "tiny") -> tuple[str, list[str]]:
+    """The preset (or file) among the words, if any, and the overrides."""
+    if words and ("=" not in words[0] or words[0].endswith(".yaml")):
+        return words[0], list(words[1:])
+    return default, list(words)
+
+
+def shown(path: Path | str) -> str:
+    """A path as short as it can be typed here."""
+    short = os.path.relpath(path)
+    return short if not short.startswith("..") else str(path)
