@@ -122,8 +122,8 @@ class TaskPerJob:
             return self._all(self._runner, jobs, done)
 
     def _all(self, runner: TaskRunner[Any], jobs: Sequence[Job], done: Done) -> list[dict[str, Any]]:
-        # The largest first, so that none is left over at the end; the order changes nothing else.
-        waiting = sorted(range(len(jobs)), key=lambda i: (-jobs[i].size, i), reverse=True)
+        # The largest first, and those of no size, which are long too, before: so that none is left over at the end.
+        waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].size > 0, -jobs[i].size, i), reverse=True)
         running: dict[int, Any] = {}
         found: dict[int, dict[str, Any]] = {}
         while waiting or running:

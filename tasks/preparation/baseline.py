@@ -14,7 +14,7 @@ MODEL = "interpolated byte 5-gram"
 ORDER = 5  # the byte to predict and up to four before it
 SYMBOLS = 257  # the bytes, and one end of a document; 257**5 < 2**63, so an n-gram is one integer
 END = 256
-LIMIT = 16_000_000  # bytes of a split that are looked at, from its beginning
+LIMIT = 4_000_000  # bytes of a split that are looked at, from its beginning
 PORTION = 1 << 21  # bytes worked on at a time
 
 

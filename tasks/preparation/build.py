@@ -34,7 +34,7 @@ from trainer.paths import cache_dir
 from ..refs import DataRef
 from . import results
 from .baseline import MODEL
-from .documents import SPLITS
+from .documents import FOR_TOKENIZER
 from .folder import building, is_whole, locked, publish, remove_leftovers, set_aside
 from .jobs import Job, Runner, in_turn
 from .progress import Progress, Tell
@@ -261,7 +261,7 @@ class Preparation:
             path.write_bytes(found.arrays["file"].tobytes())
             results.is_whole(kept)
         else:
-            make_tokenizer(path, config, Sample(sampled, SPLITS[0]), self.given)
+            make_tokenizer(path, config, Sample(sampled, "train", FOR_TOKENIZER), self.given)
             if self.given is None:
                 results.write(kept, {}, {"file": np.frombuffer(path.read_bytes(), np.uint8)})
         return path

@@ -4,13 +4,13 @@ A document's split is a function of its text alone, so it stays where it is when
 """
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
 BLANK_LINES = re.compile(r"\n\s*\n")
 SPLITS = ("train", "val", "test")
 DROPPED = -1  # in place of the index of a split
+FOR_BASELINE, FOR_TOKENIZER = 1, 2  # what a document is drawn for
 
 
 def paragraphs(text: str) -> list[str]:
@@ -18,9 +18,9 @@ def paragraphs(text: str) -> list[str]:
     return [stripped for part in BLANK_LINES.split(text) if (stripped := part.strip())]
 
 
-def without(text: str, taken: Sequence[bool] | np.ndarray) -> str:
+def without(text: str, taken: np.ndarray) -> str:
     """`text` without the `paragraphs` that are `taken`. Unchanged to the byte if none is."""
-    if not any(taken):
+    if not taken.any():
         return text
     parts = BLANK_LINES.split(text)
     number, kept = 0, []

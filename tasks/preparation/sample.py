@@ -10,8 +10,8 @@ from trainer.data.packed import VERSION
 from trainer.errors import DataError
 
 from . import results
-from .documents import SPLITS, without
-from .hashes import as_array, hash_of
+from .documents import FOR_BASELINE, SPLITS, without
+from .hashes import hash_of, to_bytes
 from .sources.base import Document, Reading
 from .sources.read import read_documents
 from .survey import label
@@ -26,13 +26,13 @@ class KeptReader(NamedTuple):
     survey: str  # path of its result
     fate: str  # path of its result
 
-    def documents(self) -> Iterator[tuple[int, int, str]]:
-        """(number in the unit, index of the split, text) of each document that stays.
+    def documents(self, among: bytes | None = None) -> Iterator[tuple[int, int, str]]:
+        """(number in the unit, index of the split, text) of each document that stays; of those that `among` marks, where it is given.
 
         Raises DataError, at the document or at the end, if what is read now is not what was surveyed.
         """
         surveyed, fate = results.needed(Path(self.survey)), results.needed(Path(self.fate))
-        hashes, counts = surveyed.arrays["documents"], surveyed.arrays["counts"]
+        known, counts = to_bytes(surveyed.arrays["documents"]), surveyed.arrays["counts"]
         borders = np.concatenate([[0], np.cumsum(counts)])
         split, taken = fate.arrays["split"], fate.arrays["taken"]
         number = 0
@@ -45,9 +45,11 @@ class KeptReader(NamedTuple):
                     if facts["cut"]:
                         break  # beyond data.limit
                     raise _changed(part.file.path)
-                if not np.array_equal(as_array([hash_of(item.text)])[0], hashes[number]):
+                wanted = split[number] >= 0 and (among is None or among[number])
+                # All are looked at once, by the reading that makes tokens.
+                if (wanted or among is None) and hash_of(item.text) != known[16 * number : 16 * number + 16]:
                     raise _changed(part.file.path)
-                if split[number] >= 0:
+                if wanted:
                     yield number, int(split[number]), without(item.text, taken[borders[number] : borders[number + 1]])
                 number += 1
             if number != end:
@@ -62,7 +64,7 @@ class SampleJob(NamedTuple):
     """Reads the documents of one unit that were drawn."""
 
     kept: KeptReader
-    drawn: bytes  # a byte a document, 1 where it was
+    drawn: bytes  # a byte a document: what for, 0 where it is not drawn
     folder: str
 
     @property
@@ -82,29 +84,32 @@ class SampleJob(NamedTuple):
         """{"path"} of the result."""
         if not results.is_whole(self.path):
             texts: list[list[bytes]] = [[] for _ in SPLITS]
-            for number, split, text in self.kept.documents():
-                if self.drawn[number]:
-                    texts[split].append(text.encode())
+            uses: list[list[int]] = [[] for _ in SPLITS]
+            for number, split, text in self.kept.documents(among=self.drawn):
+                texts[split].append(text.encode())
+                uses[split].append(self.drawn[number])
             arrays = {}
-            for name, some in zip(SPLITS, texts, strict=True):
+            for name, some, what_for in zip(SPLITS, texts, uses, strict=True):
                 arrays[name] = np.frombuffer(b"".join(some), np.uint8)
                 arrays[f"{name}_sizes"] = np.array([len(text) for text in some], np.int64)
+                arrays[f"{name}_uses"] = np.array(what_for, np.uint8)
             results.write(self.path, {}, arrays)
         return {"path": str(self.path)}
 
 
 class Sample:
-    """The drawn documents of a split, in their order, read anew at each pass."""
+    """The documents of a split that were drawn for `use`, in their order, read anew at each pass."""
 
-    def __init__(self, paths: Sequence[str], split: str):
-        self._paths, self._split = paths, split
+    def __init__(self, paths: Sequence[str], split: str, use: int = FOR_BASELINE):
+        self._paths, self._split, self._use = paths, split, use
 
     def __iter__(self) -> Iterator[str]:
         for path in self._paths:
             found = results.needed(Path(path)).arrays
             data, place = found[self._split], 0
-            for size in found[f"{self._split}_sizes"].tolist():
-                yield data[place : place + size].tobytes().decode()
+            for size, use in zip(found[f"{self._split}_sizes"].tolist(), found[f"{self._split}_uses"].tolist(), strict=True):
+                if use & self._use:
+                    yield data[place : place + size].tobytes().decode()
                 place += size
 
 

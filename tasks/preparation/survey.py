@@ -74,7 +74,7 @@ class SurveyJob(NamedTuple):
                     break
                 if isinstance(item, Document):
                     documents.append(hash_of(item.text))
-                    sizes.append(len(item.text.encode()))
+                    sizes.append(item.size)
                     own = [hash_of(paragraph) for paragraph in paragraphs(item.text)]
                     counts.append(len(own))
                     hashes += own

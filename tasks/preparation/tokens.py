@@ -1,5 +1,6 @@
 """The third reading: tokens of all documents that stay, one after the other, without ends."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.data.packed import VERSION
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 from . import results
 from .documents import SPLITS
@@ -41,7 +42,7 @@ class TokenizeJob(NamedTuple):
         """{"path", "splits": {name: {"documents", "bytes", "tokens"}}}; tokens do not count ends."""
         if (found := results.read(self.path)) is not None and results.is_whole(self.path):
             return {"path": str(self.path), **found.facts}
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = _tokenizer(self.tokenizer, self.tokenizer_digest)
         kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
         tokens: list[list[np.ndarray]] = [[] for _ in SPLITS]
         lengths: list[list[int]] = [[] for _ in SPLITS]
@@ -58,6 +59,12 @@ class TokenizeJob(NamedTuple):
             splits_found[name] = {"documents": len(lengths[i]), "bytes": sizes[i], "tokens": len(arrays[name])}
         results.write(self.path, {"splits": splits_found}, arrays)
         return {"path": str(self.path), "splits": splits_found}
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str, digest: str) -> Tokenizer:
+    """Loading takes as long as some hundred documents, and threads may share one."""
+    return load_tokenizer(path)
 
 
 def _portions(documents: Iterator[tuple[int, int, str]]) -> Iterator[tuple[list[int], list[str]]]:

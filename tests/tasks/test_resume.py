@@ -173,7 +173,7 @@ def test_what_did_not_change_is_not_done_again(tmp_path, folder, writes):
     assert units > 12
     writes.clear()
     prepare(config.replace(seq_len=64, packing="best_fit"), cache=tmp_path)
-    assert not writes, "tokens are the same for rows of another length"
+    assert set(writes) == {"known"}, "tokens are the same for rows of another length"
 
 
 def test_a_limit_takes_the_first_documents_and_reads_not_much_more(tmp_path, folder, writes):

@@ -52,6 +52,7 @@ class Document(NamedTuple):
 
     number: int
     text: str
+    size: int  # bytes in UTF-8
 
 
 class Reading(NamedTuple):

@@ -103,7 +103,7 @@ def check(row: Row, wanted: Reading) -> Document | Bad | Left:
         )
     if not text or text.isspace():
         return Left("empty")
-    return Document(number, text)
+    return Document(number, text, size)
 
 
 def message(file: File, bad: Bad) -> str:
