@@ -123,7 +123,7 @@ class TextDataConfig(PackedConfig):
     text_field: str = Field("text", min_length=1)  # key or column of the text, where there are any
     filters: tuple[FilterConfig, ...] = ()  # rows that do not keep all of them are no documents
     limit: int | None = Field(None, ge=1)  # documents: the first so many, in the order of file names and rows
-    max_document_bytes: int = Field(1 << 25, ge=1, le=1 << 30)  # of UTF-8; tokenizing takes about 60 times as much memory
+    max_document_bytes: int = Field(1 << 25, ge=1, le=1 << 30)  # of UTF-8; one is tokenized as a whole, in memory
     # Rows that are no text: null, broken, too long. 0 because text that is left out without a word is found when the model is
     # bad; whoever knows the data allows some, and finds them in the report. Empty text loses nothing and is only counted.
     max_bad_rows: int = Field(0, ge=0)

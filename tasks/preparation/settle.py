@@ -27,8 +27,7 @@ from .hashes import HashSet, firsts, places, to_bytes
 from .survey import NAMED, bad_rows, refusal, say
 from .units import Unit
 
-# Of each split, for the baseline and, in the report, for the eye. Four times as much makes 5-grams 3 % better, and costs as
-# much as tokenizing 8 MB.
+# Of each split, for the baseline and, in the report, for the eye. Counting takes about 0.2 s of a core for a megabyte.
 SAMPLE_BYTES = {"train": 4_000_000, "val": 1_000_000, "test": 1_000_000}
 
 
