@@ -95,9 +95,9 @@ for data, fsdp, model, parts, number in [(2, 4, 1, 1, 0), (1, 8, 1, 1, 1), (1, 8
         mesh_config=MeshConfig(data=data, fsdp=fsdp, model=model, fsdp_min_size=100, **settings[number]),
     )
     state, rows = trainer.state, []
-    collectives = kinds(trainer.train_step.lower(state, trainer.init_train_metrics(), trainer.put_train(batch(0, rows=16)), True))
+    collectives = kinds(trainer.train_step.lower(state, trainer.init_train_metrics(), trainer.put_train([batch(0, rows=16)]), True))
     for step in range(4):
-        state, window, alive = trainer.train_step(state, trainer.init_train_metrics(), trainer.put_train(batch(step, rows=16)), True)
+        state, window, alive = trainer.train_step(state, trainer.init_train_metrics(), trainer.put_train([batch(step, rows=16)]), True)
         rows.append(metrics.compute(jax.device_get(window)))
     out[f"{data}x{fsdp}x{model} {parts} {number}"] = {
         "rows": rows,

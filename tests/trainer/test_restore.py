@@ -83,7 +83,7 @@ def one_step(trainer):
     state, window, trainer.state, trainer.desk.window = trainer.state, trainer.init_train_metrics(), None, None
     old, places = jax.tree.leaves(state), buffers(state)
     alive = jax.device_put(np.array(True))
-    batch = trainer.put_train(DATA[0])
+    batch = trainer.put_train([DATA[0]])
     gc.collect()
     already = sum(x.nbytes for x in jax.live_arrays())
     state, window, _ = jax.block_until_ready(trainer.train_step(state, window, batch, alive))
