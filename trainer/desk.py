@@ -94,6 +94,17 @@ class Desk:
         self._info = {**info, **self.facts}
         for logger in self._trainer.loggers:
             logger.start(self._trainer.global_step, self._info)
+        self._info |= {name: self._fact(name) for callback in self._trainer.callbacks for name in callback.asks}
+
+    def _fact(self, name: str) -> Any:
+        """A fact that a callback asks for; None where there is none."""
+        from . import memory, params
+
+        t = self._trainer
+        if name == "step_memory":
+            return None if t.trainer_config.debug else memory.step_memory(t)
+        assert name == "decays", name
+        return params.flatten(t.optimizer.decays(t.shapes.params)) if t.optimizer.decays else None
 
     def tell(self, hook: str, values: dict[str, Any] | None = None, *, epoch: int = 0, step: int | None = None) -> None:
         """Tell all callbacks of a moment; what they add goes into `values`, what else they want is noted.

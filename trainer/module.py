@@ -226,10 +226,11 @@ class TrainerModule:
         return params.count(self.shapes.params)
 
     def tabulate_params(self) -> str:
-        """The parameters as a table: path, shape, dtype, sharding, count."""
+        """The parameters as a table: path, shape, dtype, sharding, whether weight decay applies, count."""
         from .callbacks.summary import table
 
-        return table(self.shapes)
+        decays = self.optimizer.decays
+        return table(self.shapes, params.flatten(decays(self.shapes.params)) if decays else None)
 
     def set_dataset(self, dataset: Any) -> None:
         """Keep a data set at hand, as `self.dataset`, for overridden methods."""

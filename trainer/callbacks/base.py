@@ -52,10 +52,13 @@ class Callback:
     """Every method does nothing; a callback overrides those of the moments it cares about.
 
     What stops training, or asks for a commit, must do so at a step that is finished in every life: one that `wants` names, one
-    that a row ends with where `decides_on_rows` is set, or an end of a validation or epoch.
+    that a row ends with where `decides_on_rows` is set, or an end of a validation or epoch. `asks` names facts that cost
+    something and are in `info` only if somebody asks: `decays`, a bool per dotted path of a parameter, and `step_memory`, see
+    trainer.memory; each None where it is not known.
     """
 
     decides_on_rows = False  # `on_row` may answer with a stop or a save: rows are then seen before the next step begins
+    asks: tuple[str, ...] = ()
 
     def wants(self, step: int) -> bool:
         """Whether nothing may be in flight after this step, because something is to be done with its finished state."""

@@ -1,9 +1,10 @@
-"""A table of the parameters: path, shape, dtype, how each is cut over the mesh, and the number of values.
+"""A table of the parameters, and what a train step takes of a device's memory.
 
-`table` needs shapes only, so it can be shown before anything is allocated.
+`table` needs shapes only, so it can be shown before anything is allocated; the memory is the compiler's own count.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..params import flatten
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ..state import TrainState
 
 log = logging.getLogger(__name__)
-HEADER = ("parameter", "shape", "dtype", "sharding", "count")
+HEADER = ("parameter", "shape", "dtype", "sharding", "decay", "count")
 
 
 class SummaryConfig(CallbackPartConfig):
@@ -27,25 +28,31 @@ class SummaryConfig(CallbackPartConfig):
 
 
 class Summary(Callback):
-    """Logs the table at the start of each life, on process 0."""
+    """Logs the table at the start of each life, on process 0, and the memory, for which the step is compiled then instead of later."""
+
+    asks = ("decays", "step_memory")
 
     def on_training_start(self, moment: Moment) -> Answer:
         """Log it."""
         import jax
 
         if moment.state is not None and jax.process_index() == 0:
-            log.info("parameters:\n%s", table(moment.state))
+            log.info("parameters:\n%s", table(moment.state, moment.info.get("decays")))
+            if memory := moment.info.get("step_memory"):
+                log.info("a step takes %s of a device: %s", _size(memory["peak"]), ", ".join(f"{k} {_size(v)}" for k, v in memory.items()))
         return NOTHING
 
 
-def table(state: "TrainState") -> str:
+def table(state: "TrainState", decays: Mapping[str, bool] | None = None) -> str:
     """A line per parameter of `state` (arrays or shapes with shardings), in the tree's order, and a last one with their total.
 
-    The sharding is a mesh axis or "-" per dim; "whole" is a parameter that every device has all of.
+    The sharding is a mesh axis or "-" per dim; "whole" is a parameter that every device has all of. `decays` says by path
+    whether weight decay applies; "?" where nobody knows.
     """
     flat = flatten(state.params)
-    rows = [(path, _dims(x.shape), str(x.dtype), _cut(x), f"{x.size:,}") for path, x in flat.items()]
-    total = ("total", "", "", "", f"{sum(x.size for x in flat.values()):,}")
+    known = {None: "?", True: "yes", False: "no"}
+    rows = [(p, _dims(x.shape), str(x.dtype), _cut(x), known[(decays or {}).get(p)], f"{x.size:,}") for p, x in flat.items()]
+    total = ("total", "", "", "", "", f"{sum(x.size for x in flat.values()):,}")
     lines = [HEADER, *rows, total]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     return "\n".join(_line(line, widths) for line in lines)
@@ -54,6 +61,10 @@ def table(state: "TrainState") -> str:
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     left = [cell.ljust(width) for cell, width in zip(cells[:-1], widths[:-1], strict=True)]
     return "  ".join([*left, cells[-1].rjust(widths[-1])])
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def _dims(shape: tuple[int, ...]) -> str:

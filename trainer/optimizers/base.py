@@ -24,11 +24,13 @@ class Optimizer(NamedTuple):
 
     `tx` is an optax.GradientTransformation, `schedule` gives the learning rate by the index of the update, from 0. Where
     the parameters to evaluate are not the trained ones, `eval_params(opt_state, params)` gives them; None: they are.
+    `decays(params)` is a tree of whether weight decay applies to each; None: it is not known.
     """
 
     tx: Any
     schedule: Callable[[Any], Any]
     eval_params: Callable[[Any, Any], Any] | None = None
+    decays: Callable[[Any], Any] | None = None
 
 
 class OptimizerConfig(PartConfig):
@@ -90,7 +92,7 @@ class ChainConfig(OptimizerConfig):
 
         parts = [("transform", self.transform())]
         if self.weight_decay:
-            parts.append(("decay", optax.add_decayed_weights(self.weight_decay, mask=self.decays)))
+            parts.append(("decay", optax.add_decayed_weights(self.weight_decay, mask=self.mask)))
         if (rescale := self.rescale()) is not None:
             parts.append(("rescale", rescale))
         return [*parts, ("rate", optax.scale_by_learning_rate(schedule))]
@@ -100,10 +102,16 @@ class ChainConfig(OptimizerConfig):
         import optax
 
         schedule = self.schedule.build(num_steps=num_steps)
-        return Optimizer(optax.named_chain(*self.clipping(), *self.descent(schedule)), schedule)
+        return Optimizer(optax.named_chain(*self.clipping(), *self.descent(schedule)), schedule, decays=self.decays)
 
     def decays(self, params: Any) -> Any:
-        """A tree like `params` (anything with `.ndim`) of whether each decays. Raises ConfigError where the pattern fits none."""
+        """A tree like `params` of whether this config's decay makes each smaller: the mask, and none where there is no decay."""
+        import jax
+
+        return self.mask(params) if self.weight_decay else jax.tree.map(lambda _: False, params)
+
+    def mask(self, params: Any) -> Any:
+        """A tree like `params` (anything with `.ndim`) of whether each may decay. Raises ConfigError where the pattern fits none."""
         import jax
 
         pattern = self.weight_decay_include if self.weight_decay_include is not None else self.weight_decay_exclude

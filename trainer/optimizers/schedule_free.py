@@ -46,4 +46,4 @@ class ScheduleFreeAdamWConfig(ChainConfig):
         def eval_params(opt_state: Any, params: Any) -> Any:
             return optax.contrib.schedule_free_eval_params(opt_state["schedule_free"], params)
 
-        return Optimizer(tx, schedule, eval_params)
+        return Optimizer(tx, schedule, eval_params, self.decays)
