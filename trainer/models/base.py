@@ -4,11 +4,15 @@ Only this folder knows how models are written (Flax linen). The trainer sees thr
 names of dims (`embed`, `heads`, `mlp`, `vocab`, ...), which the mesh's rules turn into mesh axes.
 """
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ..config import PartConfig
 
 Variables = dict[str, Any]  # {"params": tree, "<collection>": tree, ...}
+
+# What a block keeps for its backward pass: none recomputes nothing and keeps all; dots keeps the products with weights and
+# recomputes the rest (also attention scores); full keeps the block's inputs only.
+Remat = Literal["none", "dots", "full"]
 
 
 class Model(Protocol):

@@ -4,9 +4,21 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .base import Model, ModelConfig
+from ..config import Config
+from .base import Model, ModelConfig, Remat
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class LlamaRematConfig(Config):
+    """What of each kind of block is kept for the backward pass; see `Remat`. `block` is a whole layer, with both others in it.
+
+    It is meant for accelerators: XLA's scheduler for CPUs computes again as early as it can, and saves next to nothing.
+    """
+
+    block: Remat = "none"
+    attention: Remat = "none"
+    mlp: Remat = "none"
 
 
 class LlamaConfig(ModelConfig):
@@ -27,7 +39,7 @@ class LlamaConfig(ModelConfig):
     dtype: Dtype = "float32"  # of activations and matrix products
     param_dtype: Dtype = "float32"  # of the master weights
     init_std: float = Field(0.02, gt=0)  # of embeddings and matrices; outputs of blocks scaled by 1/sqrt(2 layers)
-    remat: Literal["none", "block"] = "none"  # recompute each block in the backward pass
+    remat: LlamaRematConfig = LlamaRematConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> "LlamaConfig":

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .embedding import lookup, unembed
+from .remat import rematerialised
 
 if TYPE_CHECKING:
     from .llama import LlamaConfig
@@ -114,10 +115,11 @@ class Block(nn.Module):
     def __call__(self, x: Array, segment_ids: Array, positions: Array) -> Array:
         """`x` (batch, seq, width) -> the same shape."""
         c = self.config
-        x = x + Attention(c, name="attention")(
+        attention, mlp = rematerialised(Attention, c.remat.attention), rematerialised(MLP, c.remat.mlp)
+        x = x + attention(c, name="attention")(
             RMSNorm(c.norm_eps, c.dtype, c.param_dtype, name="attention_norm")(x), segment_ids, positions
         )
-        return x + MLP(c, name="mlp")(RMSNorm(c.norm_eps, c.dtype, c.param_dtype, name="mlp_norm")(x))
+        return x + mlp(c, name="mlp")(RMSNorm(c.norm_eps, c.dtype, c.param_dtype, name="mlp_norm")(x))
 
 
 class Transformer(nn.Module):
@@ -132,7 +134,7 @@ class Transformer(nn.Module):
         std = nn.initializers.normal(c.init_std)
         table = self.param("embed", _named(std, "vocab", "embed"), (c.vocab_size, c.width), c.param_dtype)
         x = lookup(table.astype(c.dtype), inputs["tokens"])
-        block = nn.remat(Block) if c.remat == "block" else Block
+        block = rematerialised(Block, c.remat.block)
         for i in range(c.num_layers):
             x = block(c, name=f"block_{i}")(x, inputs["segment_ids"], inputs["positions"])
         x = RMSNorm(c.norm_eps, c.dtype, c.param_dtype, name="final_norm")(x)
