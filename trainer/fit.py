@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from . import contract, loop
+from . import contract
 from .dispatch import misfit
 from .errors import ConfigError, DivergedError
-from .feed import Feed, grouped, length
+from .feed import Feed, length
 from .params import count
 from .throughput import stopwatch
 
@@ -35,7 +35,6 @@ class Plan:
     log_every: int
     val_steps: int  # 0: never
     val_epochs: int  # 0: never
-    per_dispatch: int = 1  # steps
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that completed step `step` is of."""
@@ -85,7 +84,7 @@ def make_plan(trainer: "TrainerModule", loader: Any, *, num_epochs: int | None, 
     }
     if problem := misfit(c.steps_per_dispatch, borders):
         raise ConfigError(problem)
-    return Plan(total, per_epoch, log_every, max(0, c.check_val_every_n_steps), max(0, c.check_val_every_n_epoch), c.steps_per_dispatch)
+    return Plan(total, per_epoch, log_every, max(0, c.check_val_every_n_steps), max(0, c.check_val_every_n_epoch))
 
 
 def fit(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: Any, test_loader: Any) -> dict[str, dict[str, Any]]:
@@ -131,21 +130,16 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
     feed = desk.feed = Feed(train_loader, step=start, steps_per_epoch=plan.per_epoch, restored=desk.is_placed(train_loader))
     if start == 0 or plan.ends_epoch(start):
         trainer.on_training_epoch_start(plan.epoch(start + 1))
-    records = loop.train(
-        trainer.train_step,
-        trainer.state,
-        desk.window,
-        map(trainer.put_train, grouped(trainer.tracker(feed, total=plan.total, completed=start), plan.per_dispatch)),
-        start=start,
-        until=plan.total,
-        per_dispatch=plan.per_dispatch,
-        empty=trainer.init_train_metrics,
+    records = trainer.train_until(
+        plan.total,
+        trainer.tracker(feed, total=plan.total, completed=start),
+        window=desk.window,
         closes=plan.closes,
         pause=lambda step: plan.looks_up(step) or desk.wants(step, row=plan.logs(step)),
     )
     desk.stopwatch = stopwatch(trainer, [desk.window, desk.pieces.row], step=start)
     for record in desk.stopwatch.watch(records):
-        trainer.state, desk.window, trainer.global_step, trainer.first_step = record.state, record.window, record.step, False
+        desk.window = record.window
         for step, window in record.closed:
             desk.pieces.add(window, epochs=plan.per_epoch is not None)
             if plan.logs(step):

@@ -5,19 +5,20 @@ it is first asked for, or restored. A subclass may override how any of it is don
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 
-from . import contract, evaluate, fit, fsdp, metrics, params, per_sample, restore
+from . import contract, evaluate, fit, fsdp, loop, metrics, params, per_sample, restore
 from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
 from .dispatch import unheard
 from .errors import ConfigError
-from .feed import place
+from .feed import grouped, place
+from .hooks import Hooks
 from .mesh import BATCH_AXES, MeshConfig, batch_sharding, check_batch, replicated
 from .models.base import Model, ModelConfig
 from .objectives.base import Objective
@@ -26,7 +27,7 @@ from .state import TrainState, make_init, model_rngs, state_shardings
 from .step import empty_window, make_eval_step, make_train_step, several
 
 
-class TrainerModule:
+class TrainerModule(Hooks):
     """Trains one model on one mesh.
 
     `batch` is an example batch: a tree of arrays or of `jax.ShapeDtypeStruct` with the global batch as first dim. What is
@@ -262,6 +263,36 @@ class TrainerModule:
         plan = fit.make_plan(self, train_loader, num_epochs=num_epochs, num_steps=num_train_steps, per_epoch=steps_per_epoch)
         return fit.fit(self, plan, train_loader=train_loader, val_loader=val_loader, test_loader=test_loader)
 
+    def train_until(
+        self,
+        step: int,
+        batches: Iterable[Any],
+        *,
+        window: metrics.Window | None = None,
+        closes: Callable[[int], bool] = lambda step: False,
+        pause: Callable[[int], bool] = lambda step: False,
+    ) -> Iterator[loop.Record]:
+        """Advance the state to `step` by the batches that follow it: to be iterated, it gives a record for each dispatch.
+
+        `window` is the open logging window (None: one of no step), which ends where `closes` says; nothing is in flight after
+        `step` and the steps that `pause` names. `train_model` and the pipeline train by this. Raises DivergedError.
+        """
+        c, opened = self.trainer_config, self.init_train_metrics() if window is None else window
+        for record in loop.train(
+            self.train_step,
+            self.state,
+            opened,
+            map(self.put_train, grouped(batches, c.steps_per_dispatch)),
+            start=self.global_step,
+            until=step,
+            per_dispatch=c.steps_per_dispatch,
+            empty=self.init_train_metrics,
+            closes=closes,
+            pause=pause,
+        ):
+            self.state, self.global_step, self.first_step = record.state, record.step, False
+            yield record
+
     def tracker(self, iterator: Iterable[Any], **kwargs: Any) -> Iterable[Any]:
         """The iterator, with a progress bar where that is enabled and stderr is a terminal (keywords as of rich's `track`)."""
         return fit.tracked(iterator, enabled=self.trainer_config.enable_progress_bar and jax.process_index() == 0, **kwargs)
@@ -328,40 +359,6 @@ class TrainerModule:
         info |= {"num_epochs": num_epochs, "num_train_steps": num_train_steps, "steps_per_epoch": steps_per_epoch}
         self.desk.start(info)
         return info
-
-    # Hooks. What one adds to the values is logged with them.
-
-    def on_training_start(self) -> None:
-        """Before the first step."""
-        self.desk.tell("on_training_start")
-
-    def on_training_end(self) -> None:
-        """After the last step."""
-        self.desk.tell("on_training_end")
-
-    def on_training_epoch_start(self, epoch_idx: int) -> None:
-        """An epoch, counted from 1, begins."""
-        self.desk.tell("on_training_epoch_start", epoch=epoch_idx)
-
-    def on_training_epoch_end(self, train_metrics: dict[str, Any], epoch_idx: int) -> None:
-        """An epoch ended with these values."""
-        self.desk.tell("on_training_epoch_end", train_metrics, epoch=epoch_idx)
-
-    def on_validation_epoch_start(self, epoch_idx: int, step_idx: int) -> None:
-        """A validation begins."""
-        self.desk.tell("on_validation_epoch_start", epoch=epoch_idx, step=step_idx)
-
-    def on_validation_epoch_end(self, eval_metrics: dict[str, Any], epoch_idx: int, step_idx: int) -> None:
-        """A validation ended with these values."""
-        self.desk.tell("on_validation_epoch_end", eval_metrics, epoch=epoch_idx, step=step_idx)
-
-    def on_test_epoch_start(self, epoch_idx: int) -> None:
-        """A test begins."""
-        self.desk.tell("on_test_epoch_start", epoch=epoch_idx)
-
-    def on_test_epoch_end(self, test_metrics: dict[str, Any], epoch_idx: int) -> None:
-        """A test ended with these values."""
-        self.desk.tell("on_test_epoch_end", test_metrics, epoch=epoch_idx)
 
     # Load and restore; see trainer.restore.
 

@@ -19,7 +19,6 @@ from .assemble import TrainingConfig
 from .checkpoint import Checkpoints
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
 from .errors import CheckpointError, ConfigError, DamagedError, DataError, StoppedError
-from .feed import grouped
 from .fingerprint import differences, fingerprint
 from .generate import generate
 from .manifest import Commit, name_of
@@ -110,15 +109,10 @@ class Run:
 
         if self._stopwatch is None or self._stopwatch.step != self.step:
             self._stopwatch = stopwatch(self.trainer, [self.window], step=self.step)
-        records = loop.train(
-            self.trainer.train_step,
-            self.trainer.state,
-            self.window,
-            map(self.trainer.put_train, grouped(self.loader, self.config.trainer.steps_per_dispatch)),
-            start=self.step,
-            until=step,
-            per_dispatch=self.config.trainer.steps_per_dispatch,
-            empty=self.trainer.init_train_metrics,
+        records = self.trainer.train_until(
+            step,
+            self.loader,
+            window=self.window,
             closes=self._closes,
             pause=lambda at: wants_commit(at) or self.onlookers.wants(at, row=self._closes(at)),
         )
@@ -258,8 +252,7 @@ class Run:
 
     def _take(self, record: loop.Record) -> None:
         """Make a step the newest: its state, and the rows that turned out complete with it."""
-        t = self.trainer
-        t.state, self.window, t.global_step, t.first_step = record.state, record.window, record.step, False
+        self.window = record.window
         for at, window in record.closed:
             self._write_row(at, window)
         self.onlookers.stepped()

@@ -111,7 +111,7 @@ def make_train_step(
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, mutable)
         finite = jnp.isfinite(total / weight) & jnp.isfinite(norm) if config.check_for_nan else jnp.array(True)
-        found |= m.parse(_norms(config, norm, grads, new.params), config.default_train_log_modes)
+        found |= m.parse(_norms(config, norm, grads, new), config.default_train_log_modes)
         found |= m.parse({"lr": optimizer.schedule(state.step)}, ("single",))  # the rate of this very update
         if config.on_nonfinite == "skip":
             found |= m.parse({"skipped": {"value": ~finite, "log_modes": ("sum",)}}, ())
@@ -137,15 +137,26 @@ def _rate_moves_on(old: Any, new: Any) -> Any:
     return type(old)({**old, "rate": new["rate"]}) if isinstance(old, dict) and "rate" in old else old
 
 
-def _norms(config: TrainerConfig, norm: jax.Array, grads: Any, params: Any) -> dict[str, Any]:
+def _norms(config: TrainerConfig, norm: jax.Array, grads: Any, new: TrainState) -> dict[str, Any]:
     out: dict[str, Any] = {"grad_norm": norm} if config.log_grad_norm else {}
     if config.log_param_norm:
-        out["param_norm"] = optax.tree.norm(params)
+        out["param_norm"] = optax.tree.norm(new.params)
+    every = config.logger.log_every_n_steps if config.logger else 1
     if config.log_grad_norm_per_param:
-        out |= {f"grad_norm.{p}": jnp.linalg.norm(g.ravel()) for p, g in flatten(grads).items()}
+        out |= _norm_of_each("grad_norm", grads, due=new.step % every == 0)
     if config.log_param_norm_per_param:
-        out |= {f"param_norm.{p}": jnp.linalg.norm(x.ravel()) for p, x in flatten(params).items()}
+        out |= _norm_of_each("param_norm", new.params, due=new.step % every == 0)
     return out
+
+
+def _norm_of_each(name: str, tree: Any, *, due: jax.Array) -> dict[str, Any]:
+    """A metric per parameter, computed at the steps at which a row is due, whose value it then is: dozens of small sums add up."""
+    flat = flatten(tree)
+    norms = jax.lax.cond(
+        due, lambda: [jnp.linalg.norm(x.ravel()).astype(jnp.float32) for x in flat.values()], lambda: [jnp.float32(0)] * len(flat)
+    )
+    count = due.astype(jnp.int32)
+    return {f"{name}.{path}": {"value": x, "count": count, "log_modes": ("mean",)} for path, x in zip(flat, norms, strict=True)}
 
 
 def several(step: Callable, num: int, *, rolled: bool = True) -> Callable:

@@ -162,12 +162,13 @@ import json
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from tests.trainer.toy import make_data, make_trainer
+from trainer import MeshConfig
 from trainer.params import digest, flatten
 
 out = {}
 for data, model in [(8, 1), (4, 2)]:
     for per_dispatch in (1, 4):
-        trainer = make_trainer(noisy=True, mesh=(data, model), steps_per_dispatch=per_dispatch)
+        trainer = make_trainer(noisy=True, mesh=MeshConfig(data=data, model=model, fsdp_min_size=0), steps_per_dispatch=per_dispatch)
         trainer.train_model(make_data(), None, num_train_steps=16)
         out[f"{data}x{model}, {per_dispatch}"] = digest(flatten(jax.device_get(trainer.state)))
 batches = trainer.put_train(make_data(4))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.trainer.toy import make_data, make_trainer
 from trainer import evaluate as evaluation_pass
 from trainer import loop, metrics
-from trainer.config import TrainerConfig
+from trainer.config import LoggerConfig, TrainerConfig
 from trainer.errors import DataError, DivergedError
 from trainer.models import LlamaConfig
 from trainer.objectives import LMObjectiveConfig
@@ -155,3 +156,26 @@ def test_training_learns_and_evaluation_weighs_by_tokens():
 def test_an_evaluation_of_nothing_is_an_error():
     with pytest.raises(DataError, match="no batch"):
         evaluate(lambda *_: None, fresh(), [], empty={})
+
+
+def test_norms_of_each_parameter_are_those_of_the_row_s_own_step_and_cost_nothing_at_the_others():
+    data, config = make_data(), {"log_grad_norm_per_param": True, "log_param_norm_per_param": True}
+
+    def rows_every(steps):
+        trainer = make_trainer(logger=LoggerConfig(log_every_n_steps=steps), **config)
+        found = []
+        for record in trainer.train_until(8, data, closes=lambda step: step % steps == 0, pause=lambda step: True):
+            found += [(step, metrics.compute(window), record.state) for step, window in record.closed]
+        return {step: (values, state) for step, values, state in found}, trainer
+
+    often, _ = rows_every(1)
+    seldom, trainer = rows_every(4)
+    assert sorted(seldom) == [4, 8]
+    for step, (values, _) in seldom.items():
+        mine = {k: v for k, v in values.items() if k.startswith(("grad_norm.", "param_norm."))}
+        assert len(mine) == 8 and mine == {k: often[step][0][k] for k in mine}
+        for kind in ("grad", "param"):
+            squares = sum(v**2 for k, v in mine.items() if k.startswith(f"{kind}_norm."))
+            assert squares == pytest.approx(often[step][0][f"{kind}_norm_mean"] ** 2, rel=1e-5)
+    text = jax.jit(trainer.create_training_step_function()).lower(trainer.shapes, trainer.window_shapes, trainer.exmp_batch).as_text()
+    assert text.count("stablehlo.case") + text.count("stablehlo.if") == 2, "they stand in a branch that is taken when a row is due"
