@@ -7,13 +7,14 @@ trained is read past. An iterator that can only be used once cannot go back, and
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .contract import check_batch_like
 from .errors import DataError
 
 log = logging.getLogger(__name__)
@@ -93,29 +94,50 @@ class Feed:
 
 
 def grouped(batches: Iterable[Any], num: int) -> Iterator[tuple[Any, ...]]:
-    """The batches of each dispatch of `num` steps; none is taken before its dispatch is asked for.
-
-    Arrays of the host are copied: a loader may fill its own anew, for the next batch or while the step that reads them is running.
-    """
-    iterator = iter(batches)
-    while group := tuple(jax.tree.map(_own, batch) for batch in itertools.islice(iterator, num)):
+    """The batches of each dispatch of `num` steps; none is taken before its dispatch is asked for."""
+    iterator = _kept(batches) if num > 1 else iter(batches)
+    while group := tuple(itertools.islice(iterator, num)):
         yield group
 
 
-def _own(x: Any) -> Any:
-    return x.copy() if isinstance(x, np.ndarray) else x
+def _kept(batches: Iterable[Any]) -> Iterator[Any]:
+    """Copies, which a loader that fills its arrays anew for the next batch leaves alone."""
+    for batch in batches:
+        yield jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, batch)
 
 
-def place(batches: Sequence[Any], sharding: Any) -> Any:
-    """The only one of `batches`, or all of them stacked along a new first dim, laid out as `sharding` says.
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree)
+
+
+def placer(example: Any, sharding: Any) -> Callable[[Sequence[Any]], Any]:
+    """Lays batches like `example` (arrays or shapes) out as `sharding` says: the only one, or all stacked along a new first dim.
 
     What lies as it should stays as it is. To a single device the step itself moves arrays of the host, quicker than `device_put`.
+    Of what a loader may fill anew while the step is running, the step gets a copy. Raises DataError where a batch has other shapes
+    than the example: they would compile another step.
     """
+    known, wanted = _flatten(example)
+    kinds = [(x.shape, x.dtype) for x in known]
+    alone = sharding.num_devices == 1
+    lone_cpu = alone and jax.default_backend() == "cpu"
+
+    def leaves_of(batch: Any) -> list[Any]:
+        leaves, structure = _flatten(batch)
+        if structure != wanted or [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves] != kinds:
+            check_batch_like(batch, example, rows=True, what="a training batch")
+        return leaves
 
     def one(*found: Any) -> Any:
-        on_host = all(isinstance(x, np.ndarray) for x in found)
-        x = (np if on_host else jnp).stack(found) if len(found) > 1 else found[0]
-        stays = sharding.num_devices == 1 if on_host else x.sharding == sharding
-        return x if stays else jax.device_put(x, sharding)
+        if not all(isinstance(x, np.ndarray) for x in found):
+            x = jnp.stack(found) if len(found) > 1 else found[0]
+            return x if getattr(x, "sharding", None) == sharding else jax.device_put(x, sharding)
+        if len(found) > 1:
+            x = np.stack(found)
+        elif lone_cpu and found[0].ctypes.data % 64:
+            x = found[0]  # a CPU copies what is not aligned before the call returns; the rest it would read where it lies
+        else:
+            x = found[0].copy()
+        return x if alone else jax.device_put(x, sharding)
 
-    return jax.tree.map(one, *batches)
+    return lambda batches: wanted.unflatten(map(one, *map(leaves_of, batches)))

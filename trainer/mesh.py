@@ -4,7 +4,6 @@ Four axes, always all there: `data` (batches), `fsdp` (batches and parameters), 
 Models name the dims of their parameters; `RULES` says on which axis a name may lie.
 """
 
-import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -72,7 +71,6 @@ class MeshConfig(Config):
         return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
-@functools.cache  # asked for at every step
 def batch_sharding(mesh: "Mesh", *, stacked: bool = False) -> "NamedSharding":
     """Batches are cut along their first dim over data and fsdp; along the second where several are stacked."""
     from jax.sharding import NamedSharding, PartitionSpec

@@ -17,7 +17,7 @@ from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
 from .dispatch import unheard
 from .errors import ConfigError
-from .feed import grouped, place
+from .feed import grouped, placer
 from .hooks import Hooks
 from .mesh import BATCH_AXES, MeshConfig, batch_sharding, check_batch, replicated
 from .models.base import Model, ModelConfig
@@ -216,11 +216,10 @@ class TrainerModule(Hooks):
         divides = all(x.shape[0] % ways == 0 for x in jax.tree.leaves(batch))
         return jax.device_put(batch, batch_sharding(self.mesh) if divides else replicated(self.mesh))
 
-    def put_train(self, batches: Sequence[Any]) -> Any:
-        """The batches of one dispatch as `train_step` takes them. Raises DataError where one is not like the example batch."""
-        for batch in batches:
-            contract.check_batch_like(batch, self.exmp_batch, rows=True, what="a training batch")
-        return place(batches, batch_sharding(self.mesh, stacked=len(batches) > 1))
+    @functools.cached_property
+    def put_train(self) -> Callable[[Sequence[Any]], Any]:
+        """Gives the batches of one dispatch as `train_step` takes them. Raises DataError where one has not the example's shapes."""
+        return placer(self.exmp_batch, batch_sharding(self.mesh, stacked=self.trainer_config.steps_per_dispatch > 1))
 
     def get_num_params(self) -> int:
         """Number of parameters."""

@@ -185,11 +185,11 @@ def test_on_eight_devices_stacked_batches_are_cut_by_their_rows_and_the_bits_are
 
 
 class OneBuffer:
-    """A loader that fills the same aligned memory anew for each batch, which a CPU would read where it lies."""
+    """A loader that fills the same memory anew for each batch; where it is aligned to 64 bytes, a CPU would read it where it lies."""
 
-    def __init__(self):
-        raw = np.zeros(DATA[0]["inputs"].nbytes + 64, np.uint8)
-        start = -raw.ctypes.data % 64
+    def __init__(self, offset):
+        raw = np.zeros(DATA[0]["inputs"].nbytes + 128, np.uint8)
+        start = -raw.ctypes.data % 64 + offset
         self.inputs = raw[start : start + DATA[0]["inputs"].nbytes].view(np.float32).reshape(DATA[0]["inputs"].shape)
 
     def __iter__(self):
@@ -199,11 +199,12 @@ class OneBuffer:
             self.inputs[:] = np.nan
 
 
+@pytest.mark.parametrize("offset", [0, 4, 16])
 @pytest.mark.parametrize("per_dispatch", [1, 2])
-def test_a_loader_may_fill_its_buffers_anew_while_the_step_is_running(per_dispatch):
+def test_a_loader_may_fill_its_buffers_anew_while_the_step_is_running(per_dispatch, offset):
     plain, reusing = (make_trainer(steps_per_dispatch=per_dispatch) for _ in range(2))
     plain.train_model(DATA, None, num_train_steps=40, steps_per_epoch=8)
-    reusing.train_model(OneBuffer(), None, num_train_steps=40, steps_per_epoch=8)
+    reusing.train_model(OneBuffer(offset), None, num_train_steps=40, steps_per_epoch=8)
     assert equal(plain.state, reusing.state)
 
 
