@@ -228,14 +228,20 @@ def generate(
 
 
 @app.command
-def plan(*words: str, run_dir: RunDirOption = None, as_json: Json = False) -> None:
-    """What `train` would do with the same words, and what that takes: parameters, memory, tokens, disk. Trains nothing."""
+def plan(*words: str, run_dir: RunDirOption = None, memory: bool = False, as_json: Json = False) -> None:
+    """What `train` would do with the same words, and what that takes: parameters, memory, tokens, disk. Trains nothing.
+
+    Parameters
+    ----------
+    memory
+        Also what a step takes of a device, which compiles it here: a minute for a large model, that its run is spared.
+    """
     from configs.load import load
 
     from . import use
 
     preset, overrides = split_preset(words)
-    found = use.plan(load(preset, overrides), run_dir)
+    found = use.plan(load(preset, overrides), run_dir, memory=memory)
     if not as_json:
         width = max(map(len, found))
         for key, value in found.items():

@@ -128,8 +128,8 @@ def generate(
     }
 
 
-def plan(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
-    """What `train` would do: what is done, what is left, and what it takes."""
+def plan(config: RunConfig, run_dir: Path | None, *, memory: bool = False) -> dict[str, Any]:
+    """What `train` would do: what is done, what is left, and what it takes. `memory` asks the compiler, which compiles the step."""
     from tasks.writer import default_run_dir, is_trained, settle_config
 
     place = RunDir(run_dir or default_run_dir(config))
@@ -138,7 +138,10 @@ def plan(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
     newest = manifest.newest_whole(place.checkpoints)
     from tasks.session import training_config
     from trainer.assemble import TrainingConfig, assemble
+    from trainer.backend import set_up_jax
+    from trainer.memory import step_memory
 
+    set_up_jax(numerics=config.execution.numerics)
     trainer = assemble(TrainingConfig.model_validate(training_config(config)))
     sizes = _bytes(trainer.shapes)
     start = newest.step if newest else 0
@@ -151,6 +154,7 @@ def plan(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
         "parameters": trainer.get_num_params(),
         "devices": len(trainer.mesh.devices.ravel()),
         "state_bytes_per_device": sizes[1],
+        **({"step_bytes_per_device": step_memory(trainer)["peak"]} if memory else {}),
         "tokens_per_step": tokens,
         "tokens_left": tokens * (config.num_steps - start),
         "disk_bytes": sizes[0] * (config.checkpoint.keep_latest + 1) * (2 if config.publish.kind == "local" else 1),

@@ -21,7 +21,9 @@ def step_arguments(trainer: "TrainerModule") -> tuple[Any, Any, Any, Any]:
     def on(x: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    batch = jax.tree.map(lambda x: on(x, batch_sharding(trainer.mesh)), trainer.exmp_batch)
+    num = trainer.trainer_config.steps_per_dispatch
+    cut = batch_sharding(trainer.mesh, stacked=num > 1)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num,) * (num > 1) + x.shape, x.dtype, sharding=cut), trainer.exmp_batch)
     return trainer.shapes, trainer.window_shapes, batch, on(np.array(True), replicated(trainer.mesh))
 
 

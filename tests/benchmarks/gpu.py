@@ -18,30 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Dense bfloat16 FLOP/s of a device by a part of its name, from the makers' data sheets; the first that fits counts.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
 FORMULA = "MFU = tokens/s x (6 N + 12 L H Q T) / peak FLOP/s of all devices"
-
-
-def flops_per_token(model: Any, *, num_parameters: int, seq_len: int) -> float:
-    """Model FLOPs per token, forward and backward, without recomputation: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
-
-    N parameters, L layers, H heads of dim Q, T the length of a row. N leaves out an untied input table: looking up multiplies nothing.
-    """
-    looked_up = 0 if model.tie_embeddings else model.vocab_size * model.width
-    return 6 * (num_parameters - looked_up) + 12 * model.num_layers * model.num_heads * model.head_size * seq_len
 
 
 def measure(args: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -50,6 +27,7 @@ def measure(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
     from trainer.callbacks.throughput import device_peak_bytes
     from trainer.params import count
+    from trainer.throughput import peak_flops
 
     from . import loop
 
@@ -65,8 +43,8 @@ def measure(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     devices = jax.devices()
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
     num_parameters = count(jax.eval_shape(lambda: model.build().init(keys, problem.inputs(problem.batches[0]))))
-    peak = next((flops for name, flops in PEAKS.items() if name in devices[0].device_kind), None)
-    per_token = flops_per_token(model, num_parameters=num_parameters, seq_len=args.seq_len)
+    peak = peak_flops(devices[0].device_kind, dtype=model.dtype)
+    per_token = model.flops_per_token(args.seq_len)
     tokens_per_s = found["trainer_steps_per_s"] * args.rows * args.seq_len
     return found | {
         "device": devices[0].device_kind,
