@@ -120,7 +120,7 @@ def test_the_memory_of_a_step_is_that_of_its_state_once_and_compiling_for_it_is_
     assert used["peak"] == used["arguments"] + used["outputs"] - used["aliased"] + used["temporaries"]
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name) if "backend_compile" in name else None)
-    arguments = trainer.state, trainer.init_train_metrics(), trainer.put_train(batch())
+    arguments = trainer.state, trainer.init_train_metrics(), trainer.put_train([batch()])
     alive = jax.device_put(np.array(True), jax.tree.leaves(arguments[1])[0].sharding)
     jnp.sin(jnp.ones(17)).block_until_ready()
     assert compiled, "the listener hears nothing"
