@@ -83,7 +83,7 @@ class Run:
             self._refuse_to_forget()
         commit = self._begin() if newest is None else self._commit_of(newest)
         self.onlookers.begin(num_steps=self.config.num_steps, loader=self.loader, eval_names=self._eval_names())
-        return replace(commit, stop=self.onlookers.stop_reason)
+        return self._ended(commit) if self.onlookers.stop_reason else commit
 
     def train_until(self, step: int) -> Commit:
         """Train to `step` and commit it; returns at once where that is done already, and earlier where a callback ends training.
@@ -233,8 +233,8 @@ class Run:
         return Commit(step, manifest.own_crc(self.store.root / name_of(step)))
 
     def _ended(self, commit: Commit) -> Commit:
-        """The commit at which a callback ended training, with the reason, which is told once."""
-        if self.onlookers.ended_at(commit.step, self.config.config_digest):
+        """The commit at which a callback ended training, with the reason, which is told once, and not of a run that is through anyway."""
+        if commit.step < self.config.num_steps and self.onlookers.ended_at(commit.step, self.config.config_digest):
             log.info("training ends at step %d: %s", commit.step, self.onlookers.stop_reason)
         return replace(commit, stop=self.onlookers.stop_reason)
 

@@ -75,6 +75,33 @@ def test_early_stopping_decided_after_a_commit_is_decided_again_by_a_life_that_d
     assert [(e["step"], e["reason"]) for e in told] == [(2, seen.stop)], "and the log has it once"
 
 
+def test_an_early_end_that_no_life_lived_to_tell_is_told_by_the_next_one_as_it_opens(life, tmp_path):
+    run = life(tmp_path / "run", STOPS_AT_ONCE)
+    run.open()
+    run.evaluate(0, "val")
+    run.train_until(2)
+    run.evaluate(2, "val")
+    run.close()  # between the validation that decides and the chunk that would have obeyed
+    run = life(tmp_path / "run", STOPS_AT_ONCE)
+    assert run.open().stop, "so the flow asks for no further chunk"
+    run.close()
+    assert [e["step"] for e in run.run_dir.read_events() if e["event"] == "early_stop"] == [2]
+
+
+def test_a_run_that_is_through_did_not_end_early_whatever_its_last_validation_says(life, tmp_path):
+    for last in (2, 4, 6):
+        run = life(tmp_path / "run", STOPS_AT_ONCE if last == 6 else "num_steps=6")
+        run.open()
+        run.train_until(last)
+        if last != 2:
+            run.evaluate(last, "val")
+        run.close()
+    run = life(tmp_path / "run", STOPS_AT_ONCE)
+    run.open()
+    run.close()
+    assert not [e for e in run.run_dir.read_events() if e["event"] == "early_stop"]
+
+
 class RowJudgeConfig(CallbackPartConfig):
     kind: Literal["tests.trainer.test_onlookers:RowJudgeConfig"] = "tests.trainer.test_onlookers:RowJudgeConfig"
     announced: bool = True
