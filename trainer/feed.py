@@ -95,15 +95,14 @@ class Feed:
 
 def grouped(batches: Iterable[Any], num: int) -> Iterator[tuple[Any, ...]]:
     """The batches of each dispatch of `num` steps; none is taken before its dispatch is asked for."""
-    iterator = _kept(batches) if num > 1 else iter(batches)
+    iterator = map(kept, batches) if num > 1 else iter(batches)
     while group := tuple(itertools.islice(iterator, num)):
         yield group
 
 
-def _kept(batches: Iterable[Any]) -> Iterator[Any]:
-    """Copies, which a loader that fills its arrays anew for the next batch leaves alone."""
-    for batch in batches:
-        yield jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, batch)
+def kept(batch: Any) -> Any:
+    """A copy, which a loader that fills its arrays anew for the next batch leaves alone."""
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, batch)
 
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:

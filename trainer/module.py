@@ -17,7 +17,7 @@ from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
 from .dispatch import unheard
 from .errors import ConfigError
-from .feed import grouped, placer
+from .feed import grouped, kept, placer
 from .hooks import Hooks
 from .mesh import BATCH_AXES, MeshConfig, batch_sharding, check_batch, replicated
 from .models.base import Model, ModelConfig
@@ -214,7 +214,8 @@ class TrainerModule(Hooks):
         contract.check_batch_like(batch, self.exmp_batch, rows=False, what="a batch")
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         divides = all(x.shape[0] % ways == 0 for x in jax.tree.leaves(batch))
-        return jax.device_put(batch, batch_sharding(self.mesh) if divides else replicated(self.mesh))
+        # A copy: the device may read what it is given when the loader is at the next batch already.
+        return jax.device_put(kept(batch), batch_sharding(self.mesh) if divides else replicated(self.mesh))
 
     @functools.cached_property
     def put_train(self) -> Callable[[Sequence[Any]], Any]:

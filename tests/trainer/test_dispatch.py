@@ -208,6 +208,16 @@ def test_a_loader_may_fill_its_buffers_anew_while_the_step_is_running(per_dispat
     assert equal(plain.state, reusing.state)
 
 
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_loader_may_fill_its_buffers_anew_while_an_evaluation_is_running(offset):
+    trainer = make_trainer()
+    many = OneBuffer(offset)
+    wanted = trainer.run_evaluation(trainer.weights(trainer.state), DATA * 8)
+    for _ in range(5):  # it is a race
+        batches = (batch for _ in range(8) for batch in many)
+        assert trainer.run_evaluation(trainer.weights(trainer.state), batches) == wanted
+
+
 def test_batches_that_lie_on_the_device_as_they_should_are_used_as_they_are():
     trainer = make_trainer()
     there = trainer.put(DATA[0])
