@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import manifest
@@ -19,6 +20,7 @@ from .feed import has_state
 from .files import write_atomic
 from .mesh import replicated
 from .retention import best_step
+from .state import TrainState
 
 if TYPE_CHECKING:
     from .module import TrainerModule
@@ -120,12 +122,21 @@ def load_pretrained(
         trainer.state, trainer.global_step = read_state(folder, step, trainer.shapes), step
     else:
         params, mutable = read_weights(folder, step, trainer.shapes)
-        trainer.init_model()
-        trainer.state = trainer.state.replace(params=params, mutable=mutable)
+        trainer.state = _begun_at(trainer, params, mutable)
         trainer.global_step = 0  # weights without statistics are where a training begins
     trainer.desk.reset_windows()
     place_loaders(_meta(folder / "checkpoints", step)["loader"], **{k: v for k, v in loaders.items() if v is not None})
     return step
+
+
+def _begun_at(trainer: "TrainerModule", params: Any, mutable: Any) -> TrainState:
+    """The state of step 0 with these weights. Statistics are begun with them too: some optimizers hold parameters of their own."""
+    shardings = jax.tree.map(lambda x: x.sharding, trainer.shapes)
+    begin = jax.jit(
+        lambda params, mutable: TrainState(jnp.zeros((), jnp.int32), params, trainer.optimizer.tx.init(params), mutable),
+        out_shardings=shardings,
+    )
+    return begin(params, mutable)
 
 
 def _best(folder: Path, steps: list[int]) -> int:

@@ -124,3 +124,19 @@ def test_host_arrays_that_were_restored_from_are_not_written_to(saved):
     target.restore_model({"params": given})
     target.train_model(DATA, None, num_train_steps=2)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), given, before))
+
+
+def test_weights_alone_are_where_also_an_optimizer_begins_that_holds_parameters_of_its_own(tmp_path):
+    from trainer.optimizers import ScheduleConfig
+    from trainer.optimizers.schedule_free import ScheduleFreeAdamWConfig
+
+    def schedule_free(trainer):
+        optimizer = ScheduleFreeAdamWConfig(schedule=ScheduleConfig(kind="constant", lr=1e-5))
+        return Regression(trainer.trainer_config, trainer.model_config, optimizer, trainer.exmp_batch)
+
+    source, target = saving(tmp_path), schedule_free(make_trainer(noisy=True, seed=1))
+    source.train_model(DATA, None, num_train_steps=4)
+    target.load_pretrained_model(tmp_path, load_optimizer=False)
+    target.train_model(DATA, None, num_train_steps=3)
+    for a, b in zip(jax.tree.leaves(source.state.params), jax.tree.leaves(target.weights(target.state)[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
