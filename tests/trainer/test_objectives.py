@@ -10,7 +10,16 @@ POST = LMObjectiveConfig().build().postprocess
 
 
 def test_perplexity_stands_beside_each_loss_with_its_prefix_and_postfix():
-    values = {"loss": 1.0, "loss_mean": 2.0, "loss_single": 3.0, "loss_max": 4.0, "loss_min": 0.5, "books_loss": 0.0, "a_z_set_loss": 1.5}
+    values = {
+        "loss": 1.0,
+        "loss_mean": 2.0,
+        "loss_single": 3.0,
+        "loss_max": 4.0,
+        "loss_min": 0.5,
+        "books_loss": 0.0,
+        "a_z_set_loss": 1.5,
+        "jazz_loss": 2.5,
+    }
     found = POST({**values, "accuracy": 0.5})
     assert found.keys() == {*values, "accuracy", *(k.replace("loss", "perplexity") for k in values)}
     for key, loss in values.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # `loss`, with the name of a data set before it or a log mode behind. The penalty on log Z is no loss, and neither the spread of
 # losses nor their sum is one whose exponential says anything.
-LOSS = re.compile(r"(.*(?<!z)_)?loss(_mean|_single|_max|_min)?")
+LOSS = re.compile(r"(?!(.*_)?z_loss)(?P<set>.*_)?loss(?P<mode>_mean|_single|_max|_min)?")
 
 
 class LMObjective:
@@ -64,7 +64,7 @@ class LMObjective:
     @staticmethod
     def postprocess(values: Mapping[str, Any]) -> dict[str, Any]:
         """Host values with `perplexity` = exp(loss) beside each loss, under the same prefix and postfix."""
-        found = {m.expand(r"\1perplexity\2"): _exp(values[key]) for key in values if (m := LOSS.fullmatch(key))}
+        found = {m.expand(r"\g<set>perplexity\g<mode>"): _exp(values[key]) for key in values if (m := LOSS.fullmatch(key))}
         return {**values, **found}
 
     @staticmethod
