@@ -133,8 +133,13 @@ def make_train_step(
 
 
 def _rate_moves_on(old: Any, new: Any) -> Any:
-    """The statistics before a skipped update, with the schedule's count after it: the rate is a function of the step."""
-    return type(old)({**old, "rate": new["rate"]}) if isinstance(old, dict) and "rate" in old else old
+    """The statistics before a skipped update, with the schedules' counts after it: a rate is a function of the step."""
+
+    def one(path: tuple, before: Any, after: Any) -> Any:
+        where = [getattr(k, "key", getattr(k, "name", None)) for k in path[-2:]]
+        return after if where in (["rate", "count"], ["schedule_free", "step_count"]) else before
+
+    return jax.tree_util.tree_map_with_path(one, old, new)
 
 
 def _norms(config: TrainerConfig, norm: jax.Array, grads: Any, new: TrainState) -> dict[str, Any]:

@@ -427,6 +427,19 @@ def test_a_schedule_free_run_is_judged_by_its_averages_also_from_a_checkpoint(tm
     assert again.eval_model(VAL, "val", 1)["loss"] == pytest.approx(found, rel=1e-6)
 
 
+def test_a_schedule_free_run_counts_a_skipped_step_in_its_rate_too():
+    from trainer.optimizers import ScheduleConfig
+    from trainer.optimizers.schedule_free import ScheduleFreeAdamWConfig
+
+    base = poisoned(on_nonfinite="skip")
+    optimizer = ScheduleFreeAdamWConfig(schedule=ScheduleConfig(kind="linear", lr=1.0, decay_steps=10))
+    trainer = Poisoned(base.trainer_config, base.model_config, optimizer, base.exmp_batch)
+    trainer.train_model([DATA[0], BAD, *DATA[2:]], None, num_train_steps=4)
+    held = trainer.state.opt_state["schedule_free"]
+    assert int(held.base_optimizer_state["rate"].count) == 4 and int(held.step_count) == 5, "optax counts these from 1"
+    assert int(held.base_optimizer_state["transform"].count) == 3, "of statistics the bad batch is no part"
+
+
 def test_after_a_skipped_step_the_logged_rate_is_still_the_one_used():
     from trainer.optimizers import AdamWConfig, ScheduleConfig
 
