@@ -256,6 +256,7 @@ class Desk:
                 one.finalize(status)
             except Exception:
                 log.exception("%s could not be finalized", type(one).__name__)
+        self._trainer.loggers = []  # they take no rows any more: what is evaluated after the training is for its caller
         if self._store is not None:
             self._store.close()
             self._store = None

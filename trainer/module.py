@@ -298,7 +298,7 @@ class TrainerModule(Hooks):
         return fit.tracked(iterator, enabled=self.trainer_config.enable_progress_bar and jax.process_index() == 0, **kwargs)
 
     def eval_model(self, data_loader: Any, mode: str, epoch_idx: int) -> dict[str, Any]:
-        """Host values over a loader, or over each of a dictionary of them, logged as split `mode`."""
+        """Host values over a loader, or over each of a dictionary of them, logged as split `mode` if a training is under way."""
         values = fit.over_loaders(data_loader, lambda loader: self._evaluate(loader, mode, epoch_idx))
         self.desk.write(mode, self.global_step, values)
         return values

@@ -470,3 +470,11 @@ def test_averaged_parameters_are_validated_as_a_row_of_their_own_and_survive_a_s
     assert {step for split, step in whole if split == "val_ema"} == {4, 8, 12}
     assert {k: v for k, v in found.items() if k[0].startswith("val")} == {k: v for k, v in whole.items() if k[0].startswith("val")}
     assert whole["val_ema", 12]["loss"] != whole["val", 12]["loss"]
+
+
+def test_once_a_training_is_over_its_trainer_evaluates_for_the_caller_alone(tmp_path):
+    trainer = saving(tmp_path)
+    trainer.train_model(DATA, VAL, num_train_steps=4)
+    before = rows(tmp_path)
+    assert trainer.eval_model(VAL, "val", 1)["loss"] == pytest.approx(trainer.test_model(VAL)["loss"])
+    assert rows(tmp_path) == before
