@@ -147,7 +147,7 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
         desk.tell("on_training_step", epoch=plan.epoch(record.step))
         if record.settled:
             results |= look_up(trainer, plan, record.step, val_loader)
-            desk.save_if_wanted(last=record.step == plan.total)
+            desk.save_if_wanted(last=record.step == plan.total or desk.stop_reason is not None)
             if desk.stop_reason:
                 log.info("stopped after step %d: %s", record.step, desk.stop_reason)
                 break

@@ -478,3 +478,13 @@ def test_once_a_training_is_over_its_trainer_evaluates_for_the_caller_alone(tmp_
     before = rows(tmp_path)
     assert trainer.eval_model(VAL, "val", 1)["loss"] == pytest.approx(trainer.test_model(VAL)["loss"])
     assert rows(tmp_path) == before
+
+
+def test_where_a_callback_ends_training_its_last_state_is_kept_as_at_any_end(tmp_path):
+    from trainer.callbacks import EarlyStoppingConfig
+
+    base = saving(tmp_path, check_val_every_n_steps=2)
+    callbacks = (CheckpointCallbackConfig(every_n_steps=100, after_validation=False), EarlyStoppingConfig(patience=1, min_delta=100))
+    trainer = Regression(base.trainer_config.replace(callbacks=callbacks), base.model_config, base.optimizer_config, base.exmp_batch)
+    trainer.train_model(DATA, VAL, num_train_steps=12)
+    assert trainer.global_step == 4 and [row["step"] for row in verify(tmp_path)] == [4]
