@@ -14,11 +14,11 @@ from typing import Annotated, Any, NoReturn
 import cyclopts
 from cyclopts import App, Parameter
 
-from trainer.errors import ConfigError, EverstepError, RunDirError, StoppedError
+from trainer.errors import ConfigError, EverstepError, StoppedError
 
 from . import data
 from .console import say
-from .shell import Json, answer, next_step, shown, split_preset
+from .shell import Json, RunPath, answer, next_step, run_path, shown, split_preset
 
 app = App(
     name="everstep",
@@ -30,18 +30,9 @@ app.command(config_app)
 app.command(data.prepare)
 app.command(data.app)
 
-RunPath = Annotated[str, Parameter(help="A run directory, or its name under runs/.")]
 Overrides = Annotated[tuple[str, ...], Parameter(help="Changes of the preset, such as optimizer.schedule.lr=1e-3 or model=llama-small.")]
 RunDirOption = Annotated[Path | None, Parameter(name="--run-dir", help="Where the run lives; runs/NAME if not given.")]
 RequireExact = Annotated[bool, Parameter(name="--require-exact", negative="", help="Refuse to go on where bits might differ.")]
-
-
-def run_path(run: str) -> Path:
-    """The directory of a run, given as such or by its name. Raises RunDirError if there is none."""
-    for path in (Path(run), Path("runs", run)):
-        if (path / "config.json").exists():
-            return path.absolute()
-    raise RunDirError(f"there is no run at {Path(run)} or {Path('runs', run)}; `everstep train` makes one, `ls runs` shows what there is")
 
 
 @app.command

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from trainer.errors import StoppedError
+from trainer.errors import ConfigError, DataError, StoppedError
 
 from .console import Preparing, say
-from .shell import Json, answer, next_step, shown, split_preset
+from .shell import Json, RunPath, answer, next_step, run_path, shown, split_preset
 
-DryRun = Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be read, and what is done; reads listings.")]
+LETTERS = 160  # of a document that are shown
 
 app = App(name="data", help="Look at prepared data.")
 
@@ -142,10 +142,14 @@ def _decoded(folder: Path, manifest: Any, split: str, *, count: int, seed: int) 
     held = ShardedRows([folder / shard.file for shard in record.shards])
     drawn = np.random.default_rng(seed).choice(len(held), min(max(count, 0), len(held)), replace=False)
     for number in sorted(drawn.tolist()):
-        row = held[number]
-        segments = row["segment_ids"]
-        stretches = [row["targets"][segments == i] for i in range(1, int(segments.max(initial=0)) + 1)]
-        yield {"row": number, "padding": int((segments == 0).sum()), "documents": [tokenizer.decode(some) for some in stretches]}
+        yield _in_words(number, held[number], tokenizer)
+
+
+def _in_words(number: int, row: Any, tokenizer: Any) -> dict[str, Any]:
+    """A row as {"row", "padding", "documents": [text of each stretch]}."""
+    segments = row["segment_ids"]
+    stretches = [row["targets"][segments == i] for i in range(1, int(segments.max(initial=0)) + 1)]
+    return {"row": number, "padding": int((segments == 0).sum()), "documents": [tokenizer.decode(some) for some in stretches]}
 
 
 def _show(manifest: Any, samples: list[dict[str, Any]], line: Callable[[str], object]) -> None:
@@ -167,3 +171,65 @@ def _show(manifest: Any, samples: list[dict[str, Any]], line: Callable[[str], ob
     for sample in samples:
         line(f"--- row {sample['row']}, {sample['padding']} of {manifest.seq_len} are padding")
         line("\n~~~\n".join(sample["documents"]))
+
+
+@app.command
+def show(
+    run: RunPath,
+    *,
+    step: Annotated[int, Parameter(help="A step of the run, from 1; it need not be trained yet.")],
+    row: Annotated[int | None, Parameter(help="Of the batch, from 0; all if not given.")] = None,
+    full: Annotated[bool, Parameter(negative="", help="Whole documents, not only their beginnings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The documents of the batch that a run trains at a step, row by row. JSON has them whole."""
+    from configs.load import read_config
+    from trainer.data import batch_of, load_tokenizer
+
+    path = run_path(run)
+    config = read_config(path)
+    folder, manifest = _data_of(path, config)
+    if not 1 <= step <= config.num_steps:
+        raise ConfigError(f"step {step} is none of the run's: they are 1 to {config.num_steps} (num_steps)")
+    rows = range(config.data.batch_size)
+    if row is not None and row not in rows:
+        raise ConfigError(f"row {row} is none of the batch's: they are 0 to {rows[-1]} (data.batch_size {config.data.batch_size})")
+    place, batch = batch_of(
+        folder,
+        manifest,
+        step=step,
+        batch_size=config.data.batch_size,
+        seed=config.trainer.seed,
+        leave_out=config.data.leave_out,
+    )
+    tokenizer = load_tokenizer(folder)
+    found = [_in_words(i, {name: field[i] for name, field in batch.items()}, tokenizer) for i in (rows if row is None else [row])]
+    if not as_json:
+        print(f"step {step} of {config.num_steps}, place {place} in the data: {len(rows)} rows of {manifest.seq_len} tokens")
+        for one in found:
+            print(f"--- row {one['row']}, {one['padding']} of {manifest.seq_len} are padding")
+            print("\n~~~\n".join(text if full else _cut(text) for text in one["documents"]))
+    next_step(f"everstep data show {shown(path)} --step {min(step + 1, config.num_steps)}", f"everstep data inspect {shown(folder)}")
+    answer({"run_dir": str(path), "step": step, "place": place, "data": manifest.digest, "rows": found}, as_json=as_json)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LETTERS else f"{text[:LETTERS]} ... and {len(text) - LETTERS} characters more"
+
+
+def _data_of(path: Path, config: Any) -> tuple[Path, Any]:
+    """The prepared data that a run was trained on, and its manifest. Raises DataError where it is gone or other data."""
+    from trainer import manifest
+    from trainer.data import load_manifest
+    from trainer.paths import prepared_dir
+    from trainer.rundir import RunDir
+
+    digest = manifest.newest_meta(RunDir(path).checkpoints)["data_digest"]
+    folder = prepared_dir(digest)
+    way_out = f"`everstep eval {shown(path)}` prepares it again; or set EVERSTEP_CACHE to the cache that has it"
+    if not folder.exists():
+        raise DataError(f"the data of {path}, {digest[:16]}, is not in {folder.parent}; {way_out}")
+    found = load_manifest(folder)
+    if found.digest != digest:
+        raise DataError(f"{folder} holds data {found.digest}, but {path} was trained on {digest}; delete that folder, then {way_out}")
+    return folder, found

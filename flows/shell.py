@@ -7,9 +7,20 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from trainer.errors import RunDirError
+
 from .console import say
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout; everything else goes to stderr.")]
+RunPath = Annotated[str, Parameter(help="A run directory, or its name under runs/.")]
+
+
+def run_path(run: str) -> Path:
+    """The directory of a run, given as such or by its name. Raises RunDirError if there is none."""
+    for path in (Path(run), Path("runs", run)):
+        if (path / "config.json").exists():
+            return path.absolute()
+    raise RunDirError(f"there is no run at {Path(run)} or {Path('runs', run)}; `everstep train` makes one, `ls runs` shows what there is")
 
 
 def next_step(*commands: str) -> None:

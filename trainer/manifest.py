@@ -8,7 +8,9 @@ a reader writes it again and compares the bytes.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from .errors import CheckpointError
 from .files import crc32c, fsync_tree, seal, walk, write_atomic
 
 NAME = "MANIFEST.json"
@@ -40,6 +42,20 @@ def newest_whole(root: Path) -> Commit | None:
         if not problems(root / name_of(step), step):
             return Commit(step, own_crc(root / name_of(step)))
     return None
+
+
+def newest_meta(root: Path) -> dict[str, Any]:
+    """What the newest checkpoint under `root` that has a manifest says of itself. Raises CheckpointError if there is none to be read.
+
+    Looks at that one file, not at the weights.
+    """
+    step = next((step for step in reversed(steps_in(root)) if (root / name_of(step) / NAME).exists()), None)
+    if step is None:
+        raise CheckpointError(f"{root} has no checkpoint yet; train the run first: everstep resume {root.parent}")
+    try:
+        return json.loads((root / name_of(step) / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"checkpoint {step} in {root} is damaged: {e}; `everstep resume {root.parent}` sets it aside") from e
 
 
 def _encode(step: int, files: dict[str, dict]) -> bytes:

@@ -29,7 +29,7 @@ from trainer.data.packed import NAME, DataManifest, Duplicates, FileRecord, Shar
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError
 from trainer.files import crc32c, fsync_tree, seal
-from trainer.paths import cache_dir
+from trainer.paths import cache_dir, prepared_dir
 
 from ..refs import DataRef
 from . import results
@@ -85,7 +85,8 @@ class Preparation:
         on_advance: Callable[[Progress], None] | None = None,
     ):
         self.config = config
-        self.cache = (cache or cache_dir()).absolute() / "data"
+        self._root = (cache or cache_dir()).absolute()
+        self.cache = self._root / "data"
         self.work = self.cache / "work"
         self._tell = on_progress or (lambda message: None)
         self._run, self._on_advance = run, on_advance or (lambda progress: None)
@@ -107,7 +108,7 @@ class Preparation:
 
     def folder(self, digest: str) -> Path:
         """Where it is to be."""
-        return self.cache / digest[:16]
+        return prepared_dir(digest, cache=self._root)
 
     def known(self) -> DataRef | None:
         """What was prepared from these very files and settings, if it is whole. Reads no more than a listing."""

@@ -100,6 +100,16 @@ def train_loader(
     return TrainLoader(dataset, leave_out)
 
 
+def batch_of(
+    folder: str | Path, manifest: DataManifest, *, step: int, batch_size: int, seed: int, leave_out: Ranges = ()
+) -> "tuple[int, Batch]":
+    """The place, and the global batch, (batch_size, seq), of step `step`, from 1, of a training with these settings."""
+    loader = train_loader(folder, manifest, batch_size=batch_size, seed=seed, leave_out=leave_out)
+    place = place_of(step, leave_out)
+    loader.set_state({"next_index": place})
+    return place, next(loader)
+
+
 def batches_of(rows: ShardedRows, *, batch_size: int, seed: int, num_processes: int = 1, process_index: int = 0) -> Any:
     """The Grain dataset of one process's batches, each epoch of rows in an order of its own. One thread reads ahead of it."""
     import grain
