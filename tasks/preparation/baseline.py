@@ -68,9 +68,10 @@ class ByteModel:
         orders: list[tuple[np.ndarray, ...]] = []
         for order in range(ORDER, 0, -1):
             if order < ORDER:  # shorter n-grams are sums of longer ones: only what is different is sorted again
-                grams, place = np.unique(grams % SYMBOLS**order, return_inverse=True)
-                counts = np.bincount(place, weights=counts).astype(np.int64)  # float64 is exact up to 2**53
-            contexts, first = np.unique(grams // SYMBOLS, return_index=True)
+                grams, counts = _summed(grams % SYMBOLS**order, counts)
+            contexts = grams // SYMBOLS
+            first = _firsts(contexts)
+            contexts = contexts[first]
             totals = np.add.reduceat(counts, first)
             followers = np.diff(np.append(first, len(grams)))
             orders.insert(0, (grams, counts, contexts, totals, followers))
@@ -80,19 +81,37 @@ class ByteModel:
         """Bits for the first `limit` bytes of `documents` and for the documents' ends, by bytes."""
         bits, size = 0.0, 0
         for portion in _portions(documents, limit):
-            bits -= float(np.log2(self._probabilities(_grams(portion))).sum())
+            grams, counts = np.unique(_grams(portion), return_counts=True)  # sorted look-ups stay in the cache
+            bits -= float((np.log2(self._probabilities(grams)) * counts).sum())
             size += sum(map(len, portion))
         return bits / size
 
     def _probabilities(self, grams: np.ndarray) -> np.ndarray:
-        found, place = np.unique(grams, return_inverse=True)  # sorted look-ups stay in the cache, and repeats are looked up once
-        p = np.full(len(found), 1 / SYMBOLS)
+        p = np.full(len(grams), 1 / SYMBOLS)
         for order, (known, counts, contexts, totals, followers) in enumerate(self._orders, 1):
-            wanted = found % SYMBOLS**order
+            wanted = grams % SYMBOLS**order
             seen = _look_up(known, counts, wanted)
             total, different = (_look_up(contexts, values, wanted // SYMBOLS) for values in (totals, followers))
             p = np.where(total > 0, (seen + different * p) / np.maximum(total + different, 1), p)
-        return p[place]
+        return p
+
+
+def _firsts(ordered: np.ndarray) -> np.ndarray:
+    """Where in a sorted array each value stands first."""
+    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+
+
+def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different `keys`, sorted, and the sum of the `counts` of each.
+
+    Key and place are sorted as one integer, in a third of the time of an argsort: keys are shorter than ORDER, below 2**33.
+    """
+    bits = len(keys).bit_length()
+    assert bits < 31
+    packed = np.sort(keys << bits | np.arange(len(keys)))
+    ordered = packed >> bits
+    first = _firsts(ordered)
+    return ordered[first], np.add.reduceat(counts[packed & ((1 << bits) - 1)], first)
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ from .settle import Settled, header_of, settle
 from .shards import NOTE, plan_shards
 from .sources.base import Reading
 from .sources.read import find_files
-from .survey import SurveyJob
+from .survey import SurveyJob, spool_of
 from .tokenizer import given_file, make_tokenizer
 from .tokens import TokenizeJob, versions
 from .units import units_of
@@ -53,6 +53,9 @@ from .units import units_of
 log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
+# Bytes of text, about, up to which it is kept from the first reading to the last: parsing it twice more costs 4 % of
+# tokenizing it, and larger text would take too much of the disk.
+SPOOLED = 10_000_000_000
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT)
 
 
@@ -100,7 +103,8 @@ class Preparation:
     def surveys(self) -> list[SurveyJob]:
         """The first reading of every unit."""
         config = self.config
-        return [SurveyJob(unit, self.wanted, config.max_bad_rows, config.limit, str(self.work)) for unit in self.units]
+        spool = sum(unit.weight for unit in self.units) <= SPOOLED
+        return [SurveyJob(unit, self.wanted, config.max_bad_rows, config.limit, str(self.work), spool) for unit in self.units]
 
     def settle(self, paths: list[Path]) -> Settled:
         """What is to be made, after the first reading."""
@@ -165,6 +169,8 @@ class Preparation:
             if e.errno not in OF_THE_DISK:
                 raise  # the sources' are typed; what remains is another's
             raise DataError(f"{self.cache} could not be written: {e}; free some space or set EVERSTEP_CACHE to another disk") from e
+        for path in paths:
+            spool_of(path).unlink(missing_ok=True)
         results.prune(self.work)
         train, val = manifest.splits["train"], manifest.splits["val"]
         log.info("prepared %s: %d + %d rows of %d tokens in %s", config.path, train.rows, val.rows, manifest.seq_len, folder)

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import numpy as np
 
 
-def hash_of(text: str) -> bytes:
-    """16 bytes."""
-    return hashlib.sha256(text.encode()).digest()[:16]
+def hash_of(text: bytes) -> bytes:
+    """16 bytes, of a text in UTF-8."""
+    return hashlib.sha256(text).digest()[:16]
 
 
 def as_array(hashes: Iterable[bytes]) -> np.ndarray:

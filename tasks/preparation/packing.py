@@ -40,30 +40,24 @@ def greedy(stream: Stream, *, start: int, stop: int, seq_len: int, eos_id: int) 
     A stretch ends where its document or its row does. Padding is 0 in all fields.
     """
     targets, starts = stream.targets(eos_id)
-    begins = np.zeros(len(targets), bool)
-    begins[starts] = True
-    inputs = np.empty_like(targets)
-    inputs[1:] = targets[:-1]
-    inputs[starts] = eos_id
-    length = min(stop, len(targets)) - start
-    padding = -length % seq_len
-
-    def rows_of(array: np.ndarray) -> np.ndarray:
-        return np.pad(array[start : start + length], (0, padding)).reshape(-1, seq_len)
-
-    first = rows_of(begins)
-    first[:, :1] = True  # a stretch that crosses into a row begins anew there
-    column = np.arange(seq_len, dtype=np.int32)
-    positions = column - np.maximum.accumulate(np.where(first, column, 0), axis=1)
-    rows = {
-        "inputs": rows_of(inputs),
-        "targets": rows_of(targets),
-        "segment_ids": np.cumsum(first, axis=1, dtype=np.int32),
-        "positions": positions.astype(np.int32),
-    }
-    if padding:
-        rows["segment_ids"][-1, -padding:] = rows["positions"][-1, -padding:] = 0
-    return rows
+    stop = min(stop, len(targets))
+    length = stop - start
+    num_rows = -(-length // seq_len)
+    inputs, wanted = np.zeros((2, num_rows * seq_len), np.int32)
+    wanted[:length] = targets[start:stop]
+    inputs[:length] = targets[start - 1 : stop - 1] if start else np.append(np.int32(eos_id), targets[: stop - 1])
+    within = starts[(starts >= start) & (starts < stop)] - start
+    inputs[within] = eos_id
+    # A stretch that crosses into a row begins anew there.
+    begins = np.union1d(within, np.arange(0, length, seq_len))
+    sizes = np.diff(begins, append=length)
+    rows_of = begins // seq_len
+    first_of_row = np.searchsorted(begins, rows_of * seq_len)
+    segments, positions = np.zeros((2, num_rows * seq_len), np.int32)
+    segments[:length] = np.repeat((np.arange(len(begins)) - first_of_row + 1).astype(np.int32), sizes)
+    positions[:length] = np.arange(length, dtype=np.int32) - np.repeat(begins.astype(np.int32), sizes)
+    fields = {"inputs": inputs, "targets": wanted, "segment_ids": segments, "positions": positions}
+    return {name: field.reshape(num_rows, seq_len) for name, field in fields.items()}
 
 
 def best_fit(stream: Stream, *, seq_len: int, eos_id: int) -> Rows:

@@ -14,7 +14,7 @@ from .documents import FOR_BASELINE, SPLITS, without
 from .hashes import hash_of, to_bytes
 from .sources.base import Document, Reading
 from .sources.read import read_documents
-from .survey import label
+from .survey import label, spool_of
 from .units import Unit
 
 
@@ -29,12 +29,21 @@ class KeptReader(NamedTuple):
     def documents(self, among: bytes | None = None) -> Iterator[tuple[int, int, str]]:
         """(number in the unit, index of the split, text) of each document that stays; of those that `among` marks, where it is given.
 
-        Raises DataError, at the document or at the end, if what is read now is not what was surveyed.
+        Taken from the text that the survey kept, or else read again. Raises DataError, at the document or at the end, if what
+        is read now is not what was surveyed.
         """
         surveyed, fate = results.needed(Path(self.survey)), results.needed(Path(self.fate))
         known, counts = to_bytes(surveyed.arrays["documents"]), surveyed.arrays["counts"]
         borders = np.concatenate([[0], np.cumsum(counts)])
         split, taken = fate.arrays["split"], fate.arrays["taken"]
+        if (text := results.read(spool_of(Path(self.survey)))) is not None and text.facts["content"] == surveyed.facts["content"]:
+            data = memoryview(text.arrays["text"].data)
+            ends = np.cumsum(surveyed.arrays["sizes"])
+            for number in np.flatnonzero(split >= 0).tolist():
+                if among is None or among[number]:
+                    found = str(data[ends[number] - surveyed.arrays["sizes"][number] : ends[number]], "utf-8")
+                    yield number, int(split[number]), without(found, taken[borders[number] : borders[number + 1]])
+            return
         number = 0
         for part, facts in zip(self.unit.parts, surveyed.facts["parts"], strict=True):
             end = number + facts["documents"]
@@ -47,7 +56,7 @@ class KeptReader(NamedTuple):
                     raise _changed(part.file.path)
                 wanted = split[number] >= 0 and (among is None or among[number])
                 # All are looked at once, by the reading that makes tokens.
-                if (wanted or among is None) and hash_of(item.text) != known[16 * number : 16 * number + 16]:
+                if (wanted or among is None) and hash_of(item.text.encode()) != known[16 * number : 16 * number + 16]:
                     raise _changed(part.file.path)
                 if wanted:
                     yield number, int(split[number]), without(item.text, taken[borders[number] : borders[number + 1]])

@@ -21,6 +21,7 @@ from .sources.read import message, read_documents
 from .units import Unit
 
 NAMED = 20  # bad rows that an error names
+SPOOL_LIMIT = 64_000_000  # bytes of a unit's text that are kept at most
 
 
 class SurveyJob(NamedTuple):
@@ -31,6 +32,7 @@ class SurveyJob(NamedTuple):
     max_bad_rows: int
     limit: int | None  # documents after which nothing more is wanted
     folder: str  # of the results
+    spool: bool = False  # keep the text beside the result, so that later readings need not parse it again
 
     @property
     def name(self) -> str:
@@ -64,6 +66,8 @@ class SurveyJob(NamedTuple):
         found: list[dict[str, Any]] = []
         wrong: list[str] = []
         num_wrong = 0
+        texts: list[bytes] | None = [] if self.spool else None
+        size = 0
         for index, part in enumerate(self.unit.parts):
             before = len(documents)
             facts: dict[str, Any] = {"documents": 0, "left": {}, "bad": [], "cut": False}
@@ -73,9 +77,14 @@ class SurveyJob(NamedTuple):
                     facts["cut"] = True
                     break
                 if isinstance(item, Document):
-                    documents.append(hash_of(item.text))
+                    data = item.text.encode()
+                    documents.append(hash_of(data))
+                    size += len(data)
+                    if texts is not None:
+                        texts.append(data)
+                        texts = texts if size <= SPOOL_LIMIT else None
                     sizes.append(item.size)
-                    own = [hash_of(paragraph) for paragraph in paragraphs(item.text)]
+                    own = [hash_of(paragraph.encode()) for paragraph in paragraphs(item.text)]
                     counts.append(len(own))
                     hashes += own
                 elif isinstance(item, Bad):
@@ -101,11 +110,18 @@ class SurveyJob(NamedTuple):
             "paragraphs": as_array(hashes),
             "counts": np.array(counts, np.int64),
         }
+        if texts is not None:
+            results.write(spool_of(path), {"content": content}, {"text": np.frombuffer(b"".join(texts), np.uint8)})
         results.write(path, {"parts": found, "content": content}, arrays)
         return {"path": str(path)}
 
     def _refuse(self, wrong: list[str], count: int) -> None:
         raise DataError(refusal(wrong, count, self.max_bad_rows))
+
+
+def spool_of(path: Path) -> Path:
+    """Where the text of a survey at `path` is kept, if it is: all documents, one after the other. It may go at any time."""
+    return path.parent.parent / "text" / path.name
 
 
 def bad_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:

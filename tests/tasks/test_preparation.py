@@ -225,7 +225,8 @@ def test_damaged_data_is_set_aside_with_a_warning_and_made_again(tmp_path, caplo
         assert str(aside) in caplog.text and name in caplog.text
 
 
-def test_data_that_changes_while_it_is_prepared_is_refused_and_leaves_nothing(tmp_path):
+def test_data_that_changes_while_it_is_prepared_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.preparation.build.SPOOLED", 0)  # large text is not kept between the readings
     config = small(write_jsonl(tmp_path / "a.jsonl", some_texts(60)))
 
     def change(message):
@@ -235,6 +236,29 @@ def test_data_that_changes_while_it_is_prepared_is_refused_and_leaves_nothing(tm
     with pytest.raises(DataError, match="changed while it was prepared"):
         prepare(config, cache=tmp_path, on_progress=change)
     assert not [p for p in (tmp_path / "data").iterdir() if p.is_dir() and p.name != "work" and not p.name.startswith(".")]
+
+
+def test_text_is_kept_between_the_readings_so_that_what_was_first_read_is_prepared_and_then_let_go(tmp_path, monkeypatch):
+    before = prepare(small(write_jsonl(tmp_path / "a.jsonl", some_texts(60))), cache=tmp_path / "before")
+    kept = []
+
+    def change(message):
+        if message.startswith("read "):
+            kept.extend((tmp_path / "data" / "work" / "text").iterdir())
+            write_jsonl(tmp_path / "a.jsonl", some_texts(61))
+
+    ref = prepare(small(tmp_path / "a.jsonl"), cache=tmp_path, on_progress=change)
+    assert kept and ref.digest == before.digest
+    assert {k: v for k, v in files_of(ref.path).items() if k.endswith(".arrow")} == {
+        k: v for k, v in files_of(before.path).items() if k.endswith(".arrow")
+    }
+    assert not any(path.exists() for path in kept), "it takes as much room as the text"
+    for limit in (0, 100):  # kept or not, the bytes are the same
+        monkeypatch.setattr("tasks.preparation.survey.SPOOL_LIMIT", limit)
+        again = prepare(small(tmp_path / "a.jsonl"), cache=tmp_path / str(limit))
+        assert not list((tmp_path / str(limit) / "data" / "work" / "text").glob("*"))
+        monkeypatch.setattr("tasks.preparation.survey.SPOOL_LIMIT", 10**9)
+        assert files_of(again.path) == files_of(prepare(small(tmp_path / "a.jsonl"), cache=tmp_path / f"all{limit}").path)
 
 
 def test_a_cache_that_cannot_be_is_named(tmp_path):
