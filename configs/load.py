@@ -208,16 +208,23 @@ def _translate(override: str, groups: dict[str, list[str]]) -> str:
     return f"++{key}={value}"
 
 
+def _part_keys(data: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Where a mixture's parts name their text."""
+    found = data.get("data")
+    parts = found.get("parts") if isinstance(found, dict) else None
+    return [("data", "parts", i, "data", "path") for i in range(len(parts))] if isinstance(parts, list) else []
+
+
 def _make_paths_absolute(data: dict[str, Any], source: _Source, overrides: Sequence[str]) -> None:
-    for keys in PATH_KEYS:
+    for keys in [*PATH_KEYS, *_part_keys(data)]:
         place: Any = data
         for key in keys[:-1]:
-            place = place.get(key) if isinstance(place, dict) else None
+            place = place[key] if isinstance(place, list) else place.get(key) if isinstance(place, dict) else None
         value = place.get(keys[-1]) if isinstance(place, dict) else None
         if not isinstance(value, str) or not value or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", value):
             continue  # an address, or bundled:...
         value = os.path.expanduser(value)
-        dotted = ".".join(keys)
+        dotted = ".".join(map(str, keys))
         overridden = any((m := Override.fullmatch(o)) and (dotted == m["key"] or dotted.startswith(m["key"] + ".")) for o in overrides)
         beside = source.folder / value
         place[keys[-1]] = str(beside) if source.own and not overridden and glob.glob(str(beside)) else os.path.abspath(value)

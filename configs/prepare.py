@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config import Config, part_union
+from trainer.config import Config
 from trainer.data import PackedConfig
 from trainer.data.tokenizer import EOS
 
@@ -154,6 +154,3 @@ class TextDataConfig(PackedConfig):
             "val_fraction": self.val_fraction,
             "test_fraction": self.test_fraction,
         }
-
-
-AnyDataConfig = part_union(PackedConfig, TextDataConfig)

@@ -19,7 +19,8 @@ from trainer.optimizers import AdamWConfig, AnyOptimizerConfig, ScheduleConfig
 from trainer.retention import CheckpointConfig
 
 from .execution import ExecutionConfig
-from .prepare import AnyDataConfig, TextDataConfig
+from .mixture import AnyDataConfig
+from .prepare import TextDataConfig
 from .publish import PublishConfig
 
 # What changes neither weights nor rows: left out of the digest, free to change when a run goes on.

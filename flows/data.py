@@ -28,13 +28,13 @@ def prepare(
     Killed or stopped, it goes on where it was when it is called again.
     """
     from configs.load import load
-    from tasks.preparation import Preparation
+    from tasks.preparation import preparation_of
     from trainer.data import load_manifest
 
     preset, overrides = split_preset(words)
     config = load(preset, overrides)
     data: Any = config.data
-    preparation = Preparation(data)
+    preparation = preparation_of(data)
     if dry_run:
         _look(preparation, words, as_json=as_json)
         return
@@ -42,7 +42,7 @@ def prepare(
     if ref is not None:
         say(f"found prepared in {ref.path}")
     elif len(preparation.units) == 1:
-        ref = Preparation(data, on_progress=say).make()  # a server of its own would take longer than the work
+        ref = preparation_of(data, on_progress=say).make()  # a server of its own would take longer than the work
     else:
         try:
             ref = _by_flow(config)
@@ -97,7 +97,7 @@ def _look(preparation: Any, words: tuple[str, ...], *, as_json: bool) -> None:
     paths = [job.path for job in preparation.surveys()]
     read = sum(path is not None and results.read(path) is not None for path in paths)
     found = {
-        "path": preparation.config.path,
+        "path": preparation.path,
         "files": len(preparation.files),
         "bytes": sum(file.size for file in preparation.files),
         "shards": len(preparation.units),

@@ -12,6 +12,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.utilities.annotations import quote
 
 from configs.execution import ExecutionConfig
+from configs.mixture import MixtureDataConfig
 from configs.prepare import TextDataConfig
 from configs.run import RunConfig
 from trainer.lifeline import die_with_parent
@@ -46,7 +47,7 @@ def prepare_data(config: RunConfig) -> DataRef:
 
 
 def run_preparation(
-    data: TextDataConfig,
+    data: TextDataConfig | MixtureDataConfig,
     execution: ExecutionConfig,
     *,
     stops: StopRequests,

@@ -78,13 +78,16 @@ def _load_custom(data: Any) -> Any:
     return cls.model_validate(data)
 
 
-def part_union(base: type[PartConfig], *members: type[PartConfig]) -> Any:
-    """The type of a config field that takes any of `members` by `kind`, or a subclass of `base` by import path."""
+def part_union(base: type[PartConfig], *members: type[PartConfig], default: str | None = None) -> Any:
+    """The type of a config field that takes any of `members` by `kind`, or a subclass of `base` by import path.
+
+    What names no kind is of kind `default`, or of the only one there is.
+    """
 
     def tag(value: Any) -> str | None:
         kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-        if kind is None and isinstance(value, dict) and len(members) == 1:
-            return names[0]
+        if kind is None and isinstance(value, dict):
+            return default or (names[0] if len(members) == 1 else None)
         return "import path" if isinstance(kind, str) and ":" in kind else kind
 
     names = [m.model_fields["kind"].default for m in members]

@@ -59,22 +59,6 @@ SPOOLED = 10_000_000_000
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT)
 
 
-def prepare(
-    config: TextDataConfig,
-    *,
-    cache: Path | None = None,
-    on_progress: Tell | None = None,
-    run: Runner = in_turn,
-    on_advance: Callable[[Progress], None] | None = None,
-) -> DataRef:
-    """The prepared data of `config`, made now unless `cache` (default: `trainer.paths.cache_dir()`) holds it already.
-
-    `run` runs the jobs; `on_progress` is told what is done in words, `on_advance` how far it is. Raises DataError if the
-    documents or the settings leave a split empty or something is no text, StorageError if a store failed.
-    """
-    return Preparation(config, cache=cache, on_progress=on_progress, run=run, on_advance=on_advance).make()
-
-
 class Preparation:
     """One preparation: its config, the units of work that a listing shows, and where its results are."""
 
@@ -88,6 +72,7 @@ class Preparation:
         on_advance: Callable[[Progress], None] | None = None,
     ):
         self.config = config
+        self.path = config.path  # for people
         self._root = (cache or cache_dir()).absolute()
         self.cache = self._root / "data"
         self.work = self.cache / "work"

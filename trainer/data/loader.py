@@ -96,8 +96,22 @@ def train_loader(
             f"{len(rows)} training rows of {manifest.seq_len} tokens are fewer than one batch of {batch_size}; "
             "lower data.batch_size or data.seq_len, or give more text"
         )
-    dataset = batches_of(rows, batch_size=batch_size, seed=seed, num_processes=num_processes, process_index=process_index)
+    parts, weights = _parts(folder, manifest, rows)
+    dataset = batches_of(
+        *parts, weights=weights, batch_size=batch_size, seed=seed, num_processes=num_processes, process_index=process_index
+    )
     return TrainLoader(dataset, leave_out)
+
+
+def _parts(folder: str | Path, manifest: DataManifest, rows: ShardedRows) -> tuple[list[ShardedRows], list[float]]:
+    """The training rows of each part of a mixture, and the weights; of other data all rows."""
+    if not manifest.parts:
+        return [rows], [1.0]
+    paths, parts = list(rows.paths), []
+    for part in manifest.parts:
+        parts.append(ShardedRows(paths[: part.shards]))
+        del paths[: part.shards]
+    return parts, [part.weight for part in manifest.parts]
 
 
 def batch_of(
@@ -110,12 +124,29 @@ def batch_of(
     return place, next(loader)
 
 
-def batches_of(rows: ShardedRows, *, batch_size: int, seed: int, num_processes: int = 1, process_index: int = 0) -> Any:
-    """The Grain dataset of one process's batches, each epoch of rows in an order of its own. One thread reads ahead of it."""
+def batches_of(
+    *parts: ShardedRows,
+    batch_size: int,
+    seed: int,
+    weights: Sequence[float] = (1.0,),
+    num_processes: int = 1,
+    process_index: int = 0,
+) -> Any:
+    """The Grain dataset of one process's batches, each epoch of rows in an order of its own. One thread reads ahead of it.
+
+    Rows of several parts meet in proportion to the weights, each part shuffled and repeated by itself. Grain takes the
+    proportions in whole hundredths of the smallest weight, so each is met within 1 %.
+    """
     import grain
 
     # Endless for all purposes; `repeat(None)` has a length that overflows in batches of one row.
-    dataset = grain.MapDataset.source(rows).shuffle(seed).repeat(2**62 // len(rows))
+    endless = 2**62 if len(parts) == 1 else 2**52  # the lengths of a mixture are counted in floats
+    datasets = [
+        # The seeds of parts are apart, or equal texts would come in one order; a mixture of one is as its part alone.
+        grain.MapDataset.source(rows).shuffle((seed + i * 0x9E3779B9) % 2**32).repeat(endless // len(rows))
+        for i, rows in enumerate(parts)
+    ]
+    dataset = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
     # The slice comes after the batch: slicing rows first would change which rows meet in a global batch.
     dataset = dataset.batch(batch_size // num_processes)[process_index::num_processes]
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))

@@ -76,6 +76,14 @@ class SourceRecord(Config):
     sha256: str  # of the documents' hashes in order, so of what it says and not of how it is stored
 
 
+class PartRecord(Config):
+    """A part of a mixture."""
+
+    digest: str  # of the part
+    weight: float  # of the training rows; all parts' together 1
+    shards: int  # how many of the training shards are its own: the parts' follow each other
+
+
 class DataManifest(Config):
     """What a prepared folder holds and what it was made of."""
 
@@ -93,6 +101,7 @@ class DataManifest(Config):
     left_out: dict[str, int] = Field(default_factory=dict)  # rows that are no documents, by reason
     histogram: dict[str, tuple[int, ...]] = Field(default_factory=dict)  # by split: documents of 2**i to 2**(i+1) - 1 tokens, ends included
     versions: dict[str, str] = Field(default_factory=dict)  # of the libraries that shape the rows
+    parts: tuple[PartRecord, ...] = ()  # of a mixture; training rows are drawn from them by weight
 
     def split(self, name: str) -> SplitRecord:
         """The record of split `name`. Raises DataError if there is none."""
