@@ -22,7 +22,8 @@ def step_arguments(trainer: "TrainerModule") -> tuple[Any, Any, Any, Any]:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     num = trainer.trainer_config.steps_per_dispatch
-    cut = batch_sharding(trainer.mesh, stacked=num > 1)
+    # To a single device arrays of the host go as they are: a step that was compiled for others would be compiled once more.
+    cut = batch_sharding(trainer.mesh, stacked=num > 1) if trainer.mesh.size > 1 else None
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num,) * (num > 1) + x.shape, x.dtype, sharding=cut), trainer.exmp_batch)
     return trainer.shapes, trainer.window_shapes, batch, on(np.array(True), replicated(trainer.mesh))
 

@@ -9,7 +9,7 @@ import pytest
 from tests.trainer.test_mesh import on_eight_devices
 from tests.trainer.test_module import BAD, DATA, VAL, Told, _Failing, equal, poisoned, rows, saving
 from tests.trainer.toy import make_trainer
-from trainer import LoggerConfig, loop, metrics
+from trainer import LoggerConfig, MeshConfig, loop, metrics
 from trainer.callbacks import CheckpointCallbackConfig, EMAConfig
 from trainer.checkpoint import verify
 from trainer.errors import ConfigError, DivergedError
@@ -237,6 +237,16 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("per_dispatch", [1, 2])
+def test_asking_for_the_memory_of_a_step_compiles_it_in_place_of_the_first_one(compilations, per_dispatch):
+    from trainer.memory import step_memory
+
+    trainer = make_trainer(mesh=MeshConfig(data=1), steps_per_dispatch=per_dispatch)
+    step_memory(trainer)
+    trainer.train_model(DATA, None, num_train_steps=4)
+    assert len([name for name in compilations if "step" in name]) == 1
 
 
 @pytest.mark.parametrize("per_dispatch", [1, 4])
