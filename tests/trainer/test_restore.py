@@ -140,3 +140,19 @@ def test_weights_alone_are_where_also_an_optimizer_begins_that_holds_parameters_
     target.train_model(DATA, None, num_train_steps=3)
     for a, b in zip(jax.tree.leaves(source.state.params), jax.tree.leaves(target.weights(target.state)[0]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_a_callback_gets_its_own_state_back_though_others_came_or_went(tmp_path):
+    from trainer.callbacks import EarlyStoppingConfig, EMAConfig
+
+    def watched(*callbacks):
+        base = saving(tmp_path)
+        config = base.trainer_config.replace(callbacks=(*callbacks, *base.trainer_config.callbacks))
+        return Regression(config, base.model_config, base.optimizer_config, base.exmp_batch)
+
+    source = watched(EMAConfig(decay=0.5))
+    source.train_model(DATA, None, num_train_steps=4)
+    target = watched(EarlyStoppingConfig(), EMAConfig(decay=0.5))
+    target.load_model()
+    a, b = (list(trainer.desk.averages()) for trainer in (source, target))
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)) and a
