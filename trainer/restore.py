@@ -15,7 +15,7 @@ import numpy as np
 from . import manifest
 from .checkpoint import owned, read_state, read_weights
 from .config import TrainerConfig, load_object
-from .errors import CheckpointError, StorageError
+from .errors import CheckpointError, DamagedError, StorageError
 from .feed import has_state
 from .files import write_atomic
 from .mesh import replicated
@@ -51,7 +51,13 @@ def load_model(trainer: "TrainerModule", *, step_idx: int, required: bool) -> in
     desk = trainer.desk
     desk.reset_windows()
     like = jax.device_put({"open": desk.window, "row": desk.pieces.row, "epoch": desk.pieces.epoch}, replicated(trainer.mesh))
-    found = store.restore(step, trainer.shapes, like)
+    try:
+        found = store.restore(step, trainer.shapes, like)
+    except DamagedError as e:
+        if step_idx != -1:
+            raise
+        store.set_aside(step, [str(e)])
+        return load_model(trainer, step_idx=-1, required=required)
     windows = found.window
     trainer.state, trainer.global_step = found.state, step
     desk.window = windows["open"]

@@ -156,3 +156,20 @@ def test_a_callback_gets_its_own_state_back_though_others_came_or_went(tmp_path)
     target.load_model()
     a, b = (list(trainer.desk.averages()) for trainer in (source, target))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)) and a
+
+
+def test_the_newest_checkpoint_that_gives_back_what_was_saved_is_loaded(tmp_path, monkeypatch):
+    from trainer import checkpoint
+    from trainer.errors import DamagedError
+
+    saving(tmp_path).train_model(DATA, None, num_train_steps=8)
+    right = checkpoint.digest.digests
+    trainer = saving(tmp_path)
+
+    def failing(flat):  # as a machine whose memory fails would find it
+        return dict.fromkeys(flat, "0" * 16) if trainer.desk.store.steps()[-1] == 8 else right(flat)
+
+    monkeypatch.setattr(checkpoint.digest, "digests", failing)
+    with pytest.raises(DamagedError, match="checkpoint 8 gives back other values"):
+        trainer.load_model(8)
+    assert trainer.load_model() == 4 and trainer.state.step == 4
