@@ -37,8 +37,9 @@ def find(path: Path, split: str, step: int) -> dict[str, Any] | None:
 
 
 def as_recorded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as a row holds them: what is not finite becomes null, for JSON has no NaN, and a hole should be seen."""
-    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+    """The values as a row holds them: Python's own numbers, and null for what is not finite. JSON has no NaN, and a hole should be seen."""
+    plain = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}  # a scalar of NumPy's or of a device
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in plain.items()}
 
 
 class Rows:

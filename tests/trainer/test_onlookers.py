@@ -3,6 +3,7 @@
 import csv
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -291,3 +292,7 @@ def make_listening():
 
 
 Listening = make_listening()
+
+
+def test_a_row_takes_scalars_of_numpy_as_numbers_of_pythons():
+    assert rows.as_recorded({"a": np.float32(0.5), "b": np.int64(3), "c": np.float32("nan")}) == {"a": 0.5, "b": 3, "c": None}
