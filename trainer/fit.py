@@ -140,11 +140,9 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
     desk.stopwatch = stopwatch(trainer, [desk.window, desk.pieces.row], step=start)
     for record in desk.stopwatch.watch(records):
         desk.window = record.window
-        for step, window in record.closed:
-            desk.pieces.add(window, epochs=plan.per_epoch is not None)
-            if plan.logs(step):
-                desk.row(step, plan.epoch(step), desk.pieces.close_row())
+        take(trainer, plan, record.before())
         desk.tell("on_training_step", epoch=plan.epoch(record.step))
+        take(trainer, plan, record.own())
         if record.settled:
             results |= look_up(trainer, plan, record.step, val_loader)
             desk.save_if_wanted(last=record.step == plan.total or desk.stop_reason is not None)
@@ -152,6 +150,15 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
                 log.info("stopped after step %d: %s", record.step, desk.stop_reason)
                 break
     return results
+
+
+def take(trainer: "TrainerModule", plan: Plan, closed: Iterable[tuple[int, Any]]) -> None:
+    """Add windows to the open row and epoch, and close the rows that end with them."""
+    desk = trainer.desk
+    for step, window in closed:
+        desk.pieces.add(window, epochs=plan.per_epoch is not None)
+        if plan.logs(step):
+            desk.row(step, plan.epoch(step), desk.pieces.close_row())
 
 
 def look_up(trainer: "TrainerModule", plan: Plan, step: int, val_loader: Any) -> dict[str, dict[str, Any]]:

@@ -25,6 +25,14 @@ class Record(NamedTuple):
     closed: tuple[tuple[int, Window], ...]  # (step, window on the host) of windows that turned out complete
     settled: bool  # nothing is in flight: all windows up to here were given, and `state` may be committed
 
+    def before(self) -> tuple[tuple[int, Window], ...]:
+        """Windows of earlier steps. Told before this step is, and its own after it, rows and steps come in one order in every life."""
+        return tuple(one for one in self.closed if one[0] < self.step)
+
+    def own(self) -> tuple[tuple[int, Window], ...]:
+        """The window that closed with this very step, if it did and the step is settled."""
+        return tuple(one for one in self.closed if one[0] == self.step)
+
 
 def train(
     train_step: Callable,

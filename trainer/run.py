@@ -253,9 +253,11 @@ class Run:
     def _take(self, record: loop.Record) -> None:
         """Make a step the newest: its state, and the rows that turned out complete with it."""
         self.window = record.window
-        for at, window in record.closed:
+        for at, window in record.before():
             self._write_row(at, window)
         self.onlookers.stepped()
+        for at, window in record.own():
+            self._write_row(at, window)
         self.on_step(record.step)
 
     def _values_of(self, weights: tuple[Any, dict[str, Any]], split: str) -> dict[str, Any]:

@@ -296,3 +296,47 @@ Listening = make_listening()
 
 def test_a_row_takes_scalars_of_numpy_as_numbers_of_pythons():
     assert rows.as_recorded({"a": np.float32(0.5), "b": np.int64(3), "c": np.float32("nan")}) == {"a": 0.5, "b": 3, "c": None}
+
+
+class EagerConfig(CallbackPartConfig):
+    kind: Literal["tests.trainer.test_onlookers:EagerConfig"] = "tests.trainer.test_onlookers:EagerConfig"
+
+    def build(self):
+        return Eager()
+
+
+class Eager(Callback):
+    """Asks for commits whenever it may, adds a number of NumPy's, and keeps a diary."""
+
+    def __init__(self):
+        self.diary = []
+
+    def wants(self, step):
+        return step == 5
+
+    def on_training_step(self, moment):
+        self.diary.append(("step", moment.step))
+        return Answer()
+
+    def on_row(self, moment):
+        self.diary.append(("row", moment.step))
+        return Answer(values={"third": np.float32(1 / 3)})
+
+    def on_validation_epoch_end(self, moment):
+        return Answer(save=True)
+
+    def finalize(self, status):
+        self.diary.append((status, -1))
+
+
+EAGER = "trainer.callbacks=[{kind: 'tests.trainer.test_onlookers:EagerConfig'}]"
+
+
+@pytest.mark.parametrize("often", [(), ("checkpoint.every=1",)])
+def test_rows_and_steps_are_told_in_one_order_however_often_the_run_commits(life, tmp_path, often):
+    run = life(tmp_path / "run", EAGER, "trainer.logger.log_every_n_steps=1", *often)
+    run.open()
+    run.train_until(6)
+    run.close()
+    assert run.trainer.callbacks[0].diary == [(what, step) for step in range(1, 7) for what in ("step", "row")] + [("stopped", -1)]
+    assert stable_rows(tmp_path / "run")["train", 3]["third"] == pytest.approx(1 / 3)
