@@ -31,7 +31,7 @@ class Onlookers:
         return self._desk.stop_reason
 
     def get_state(self) -> dict[str, Any]:
-        """The callbacks' states, by their place in the config."""
+        """The callbacks' states; see Desk.extra."""
         return self._desk.extra()
 
     def set_state(self, extra: dict[str, Any], *, stop_reason: str | None) -> None:
@@ -41,13 +41,12 @@ class Onlookers:
 
     def begin(self, *, num_steps: int, loader: Any, eval_names: list[str]) -> None:
         """Start loggers and callbacks at the trainer's step, which is committed."""
-        t = self.trainer
+        t, self._began = self.trainer, True  # from here on somebody may have opened what only `finalize` closes
         t.init_logger(t.trainer_config.logger)
         t.loggers = followers(t.loggers, self.run_dir)
         self._desk.facts = {"eval_metrics": eval_names}
         t.log_training_info(None, num_steps, None, loader, None, None)
         t.on_training_start()
-        self._began = True
         if row := find(self.run_dir.metrics, "val", t.global_step):
             self.evaluated("val", t.global_step, row)
 

@@ -340,3 +340,13 @@ def test_rows_and_steps_are_told_in_one_order_however_often_the_run_commits(life
     run.close()
     assert run.trainer.callbacks[0].diary == [(what, step) for step in range(1, 7) for what in ("step", "row")] + [("stopped", -1)]
     assert stable_rows(tmp_path / "run")["train", 3]["third"] == pytest.approx(1 / 3)
+
+
+def test_a_life_that_fails_as_it_opens_tells_those_that_had_begun_of_its_end(life, tmp_path):
+    run = life(
+        tmp_path / "run", "trainer.callbacks=[{kind: 'tests.trainer.test_onlookers:EagerConfig'}, {kind: early_stopping, monitor: lose}]"
+    )
+    with pytest.raises(ConfigError, match="lose"):
+        run.open()
+    run.close("error")
+    assert run.trainer.callbacks[0].diary == [("error", -1)]
