@@ -47,6 +47,7 @@ class Onlookers:
         self._desk.facts = {"eval_metrics": eval_names}
         t.log_training_info(None, num_steps, None, loader, None, None)
         t.on_training_start()
+        self._desk.take_save()  # it stands
         if row := find(self.run_dir.metrics, "val", t.global_step):
             self.evaluated("val", t.global_step, row)
 
@@ -80,6 +81,7 @@ class Onlookers:
             self.trainer.on_validation_epoch_end(values, EPOCH, step)
         elif split == "test":
             self.trainer.on_test_epoch_end(values, EPOCH)
+        self._desk.take_save()  # what is evaluated is committed: left for later, the wish would be granted at another step
 
     def averages(self) -> Iterator[Any]:
         """The parameters that callbacks want validated beside the state's own."""

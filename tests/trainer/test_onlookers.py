@@ -332,6 +332,16 @@ class Eager(Callback):
 EAGER = "trainer.callbacks=[{kind: 'tests.trainer.test_onlookers:EagerConfig'}]"
 
 
+def test_a_commit_that_a_validation_asks_for_stands_already_and_none_is_made_later(life, tmp_path):
+    run = life(tmp_path / "run", EAGER)
+    run.open()
+    run.train_until(4)
+    run.evaluate(4, "val")
+    run.train_until(6)
+    run.close()
+    assert run.store.steps()[-2:] == [4, 6], "step 5 is waited for, and nobody asked for a commit there"
+
+
 @pytest.mark.parametrize("often", [(), ("checkpoint.every=1",)])
 def test_rows_and_steps_are_told_in_one_order_however_often_the_run_commits(life, tmp_path, often):
     run = life(tmp_path / "run", EAGER, "trainer.logger.log_every_n_steps=1", *often)
