@@ -65,6 +65,7 @@ def choose(flat: Mapping[str, Any], *, step: int, how: Literal["sampled", "full"
         return {}
     paths, groups = sorted(flat), 1
     if how == "sampled":
-        groups = -(-sum(x.size for x in flat.values()) // SAMPLE) or 1
+        # At most one for each array: of arrays that are larger than a sample there would be steps without any.
+        groups = min(-(-sum(x.size for x in flat.values()) // SAMPLE), len(paths)) or 1
     first = zlib.crc32(step.to_bytes(8, "little")) % groups
     return {path: flat[path] for path in paths[first::groups]}

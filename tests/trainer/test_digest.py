@@ -75,3 +75,10 @@ def test_a_sample_of_a_large_state_comes_to_every_array_in_some_step_and_stays_w
     assert all(sum(x.size for x in c.values()) <= SAMPLE for c in chosen)
     assert choose(flat, step=1, how="full") == flat and choose(flat, step=1, how="off") == {}
     assert choose(dict(list(flat.items())[:4]), step=3, how="sampled").keys() == {"p0", "p1", "p2", "p3"}
+
+
+def test_of_arrays_larger_than_a_sample_every_commit_still_looks_at_one():
+    flat = {f"p{i}": jax.ShapeDtypeStruct((SAMPLE * 8,), jnp.float32) for i in range(4)}
+    chosen = [choose(flat, step=step, how="sampled") for step in range(0, 5000, 50)]
+    assert all(len(c) == 1 for c in chosen) and set().union(*chosen) == set(flat)
+    assert choose({}, step=1, how="sampled") == {}
