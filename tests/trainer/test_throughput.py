@@ -165,7 +165,7 @@ def test_mfu_is_the_share_of_the_peak_that_the_models_own_flops_take():
         ("NVIDIA H200", 989.4e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", None),
+        ("NVIDIA T4", None),
         ("TPU v4", 275e12),
         ("TPU v5 lite", 197e12),
         ("TPU v5e", 197e12),
