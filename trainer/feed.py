@@ -94,9 +94,9 @@ class Feed:
 
 
 def grouped(batches: Iterable[Any], num: int) -> Iterator[tuple[Any, ...]]:
-    """The batches of each dispatch of `num` steps; none is taken before its dispatch is asked for."""
+    """The batches of each dispatch of `num` steps; none is taken before its dispatch is asked for, and a rest too small for one is none."""
     iterator = map(kept, batches) if num > 1 else iter(batches)
-    while group := tuple(itertools.islice(iterator, num)):
+    while len(group := tuple(itertools.islice(iterator, num))) == num:
         yield group
 
 

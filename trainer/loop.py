@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .errors import DivergedError
+from .errors import DataError, DivergedError
 from .metrics import Window
 from .state import TrainState
 
@@ -51,7 +51,7 @@ def train(
 
     A window closes at the steps that `closes` names; `empty()` is the next, laid out like the first. What is in flight is
     settled at `until` and wherever `pause(step)` says so. Raises DivergedError with the step whose loss or gradients were not
-    finite, and the state before it.
+    finite, and the state before it; DataError where the batches run dry.
     """
     assert start % per_dispatch == until % per_dispatch == 0, f"steps {start} to {until} do not lie on multiples of {per_dispatch}"
     alive: Any = jax.device_put(np.array(True), window.values.sharding)
@@ -70,7 +70,9 @@ def train(
         return tuple(closed)
 
     for step in range(start + per_dispatch, until + 1, per_dispatch):
-        state, window, alive = train_step(state, window, next(batches), alive)
+        if (batch := next(batches, None)) is None:
+            raise DataError(f"there is no batch for step {int(state.step) + 1}, and {until} is to be reached; give batches without end")
+        state, window, alive = train_step(state, window, batch, alive)
         full = window if closes(step) else None
         if full is not None:
             full.values.copy_to_host_async()

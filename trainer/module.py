@@ -15,7 +15,7 @@ from . import contract, evaluate, fit, fsdp, loop, metrics, params, per_sample, 
 from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
-from .dispatch import unheard
+from .dispatch import misfit, unheard
 from .errors import ConfigError
 from .feed import grouped, kept, placer
 from .hooks import Hooks
@@ -275,8 +275,13 @@ class TrainerModule(Hooks):
         """Advance the state to `step` by the batches that follow it: to be iterated, it gives a record for each dispatch.
 
         `window` is the open logging window (None: one of no step), which ends where `closes` says; nothing is in flight after
-        `step` and the steps that `pause` names. `train_model` and the pipeline train by this. Raises DivergedError.
+        `step` and the steps that `pause` names. `train_model` and the pipeline train by this. Raises DivergedError; DataError
+        where there are too few batches; ConfigError where steps are dispatched by several and these do not fit.
         """
+        if problem := misfit(
+            self.trainer_config.steps_per_dispatch, {"the step to go on from": self.global_step, "the step to reach": step}
+        ):
+            raise ConfigError(problem)
         c, opened = self.trainer_config, self.init_train_metrics() if window is None else window
         for record in loop.train(
             self.train_step,

@@ -12,7 +12,7 @@ from tests.trainer.toy import make_trainer
 from trainer import LoggerConfig, MeshConfig, loop, metrics
 from trainer.callbacks import CheckpointCallbackConfig, EMAConfig
 from trainer.checkpoint import verify
-from trainer.errors import ConfigError, DivergedError
+from trainer.errors import ConfigError, DataError, DivergedError
 from trainer.feed import grouped
 from trainer.rows import stable
 
@@ -206,6 +206,17 @@ def test_a_loader_may_fill_its_buffers_anew_while_the_step_is_running(per_dispat
     plain.train_model(DATA, None, num_train_steps=40, steps_per_epoch=8)
     reusing.train_model(OneBuffer(offset), None, num_train_steps=40, steps_per_epoch=8)
     assert equal(plain.state, reusing.state)
+
+
+@pytest.mark.parametrize("per_dispatch", [1, 2])
+def test_batches_that_run_dry_or_steps_that_do_not_fit_are_refused_by_train_until_with_a_reason(per_dispatch):
+    trainer = make_trainer(steps_per_dispatch=per_dispatch)
+    with pytest.raises(DataError, match="no batch for step 3, and 6 is to be reached"):
+        list(trainer.train_until(6, DATA[: 1 + per_dispatch]))
+    assert trainer.global_step == 2
+    if per_dispatch == 2:
+        with pytest.raises(ConfigError, match="the step to reach 5 is no multiple"):
+            list(trainer.train_until(5, DATA))
 
 
 @pytest.mark.parametrize("offset", [0, 4])
