@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from trainer.config import Config, part_union
 from trainer.data import PackedConfig
 
+from .packed import PackedDataConfig
 from .prepare import TextDataConfig, TokenizerConfig
 
 SHARED = ("seq_len", "batch_size", "eval_batch_size", "leave_out", "tokenizer", "val_fraction", "test_fraction")
@@ -58,4 +59,4 @@ def _shown(value: object) -> object:
     return value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, Config) else value
 
 
-AnyDataConfig = part_union(PackedConfig, TextDataConfig, MixtureDataConfig, default="text")
+AnyDataConfig = part_union(PackedConfig, TextDataConfig, MixtureDataConfig, PackedDataConfig, default="text")

@@ -41,7 +41,7 @@ def prepare(
     ref = preparation.known()
     if ref is not None:
         say(f"found prepared in {ref.path}")
-    elif len(preparation.units) == 1:
+    elif len(preparation.units) < 2:
         ref = preparation_of(data, on_progress=say).make()  # a server of its own would take longer than the work
     else:
         try:
@@ -135,11 +135,10 @@ def _decoded(folder: Path, manifest: Any, split: str, *, count: int, seed: int) 
     """Rows of a split drawn by `seed`, as {"row", "padding", "documents": [text of each stretch]}."""
     import numpy as np
 
-    from trainer.data import ShardedRows, load_tokenizer
+    from trainer.data import load_tokenizer, rows_of
 
-    record = manifest.split(split)
     tokenizer = load_tokenizer(folder)
-    held = ShardedRows([folder / shard.file for shard in record.shards])
+    held = rows_of(folder, manifest, split)
     drawn = np.random.default_rng(seed).choice(len(held), min(max(count, 0), len(held)), replace=False)
     for number in sorted(drawn.tolist()):
         yield _in_words(number, held[number], tokenizer)
@@ -219,13 +218,15 @@ def _cut(text: str) -> str:
 
 def _data_of(path: Path, config: Any) -> tuple[Path, Any]:
     """The prepared data that a run was trained on, and its manifest. Raises DataError where it is gone or other data."""
+    from tasks.preparation import preparation_of
     from trainer import manifest
     from trainer.data import load_manifest
     from trainer.paths import prepared_dir
     from trainer.rundir import RunDir
 
     digest = manifest.newest_meta(RunDir(path).checkpoints)["data_digest"]
-    folder = prepared_dir(digest)
+    data: Any = config.data
+    folder = Path(preparation_of(data).make().path) if data.kind == "packed" else prepared_dir(digest)
     way_out = f"`everstep eval {shown(path)}` prepares it again; or set EVERSTEP_CACHE to the cache that has it"
     if not folder.exists():
         raise DataError(f"the data of {path}, {digest[:16]}, is not in {folder.parent}; {way_out}")

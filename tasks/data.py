@@ -12,13 +12,12 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.utilities.annotations import quote
 
 from configs.execution import ExecutionConfig
-from configs.mixture import MixtureDataConfig
-from configs.prepare import TextDataConfig
 from configs.run import RunConfig
 from trainer.lifeline import die_with_parent
 
 from .artifacts import Artifacts
 from .preparation import prepare
+from .preparation.choose import DataConfig
 from .preparation.jobs import Done, Job
 from .preparation.progress import Progress
 from .preparation.report import NAME as REPORT
@@ -47,7 +46,7 @@ def prepare_data(config: RunConfig) -> DataRef:
 
 
 def run_preparation(
-    data: TextDataConfig | MixtureDataConfig,
+    data: DataConfig,
     execution: ExecutionConfig,
     *,
     stops: StopRequests,

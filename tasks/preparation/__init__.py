@@ -1,6 +1,6 @@
 """Raw text to prepared data: sources -> documents -> tokenizer -> rows -> shards with a manifest."""
 
 from .build import Preparation
-from .mixture import preparation_of, prepare
+from .choose import preparation_of, prepare
 
 __all__ = ["Preparation", "preparation_of", "prepare"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.mixture import MixtureDataConfig
-from configs.prepare import TextDataConfig, TokenizerConfig
+from configs.prepare import TokenizerConfig
 from trainer.data.packed import NAME, VERSION, DataManifest, Duplicates, FileRecord, PartRecord, SplitRecord, load_manifest
 from trainer.files import fsync_tree, seal
 from trainer.paths import cache_dir, prepared_dir
@@ -163,24 +163,3 @@ def report(config: MixtureDataConfig, manifest: DataManifest, parts: Iterable[Da
     lines += ["", "Weights are of the training rows; val and test are the parts' own, one after the other. The baseline is the mean of"]
     lines += ["the parts' own, by bytes. A document that several parts have is held out in all of them or in none; a paragraph that"]
     return "\n".join([*lines, "only one part holds out may stand in another's training text.", ""])
-
-
-def preparation_of(config: TextDataConfig | MixtureDataConfig, **options: Any) -> Preparation | MixturePreparation:
-    """The preparation of a config of either kind; see `Preparation` for the options."""
-    return MixturePreparation(config, **options) if isinstance(config, MixtureDataConfig) else Preparation(config, **options)
-
-
-def prepare(
-    config: TextDataConfig | MixtureDataConfig,
-    *,
-    cache: Path | None = None,
-    on_progress: Tell | None = None,
-    run: Runner = in_turn,
-    on_advance: Callable[[Progress], None] | None = None,
-) -> DataRef:
-    """The prepared data of `config`, made now unless `cache` (default: `trainer.paths.cache_dir()`) holds it already.
-
-    `run` runs the jobs; `on_progress` is told what is done in words, `on_advance` how far it is. Raises DataError if the
-    documents or the settings leave a split empty or something is no text, StorageError if a store failed.
-    """
-    return preparation_of(config, cache=cache, on_progress=on_progress, run=run, on_advance=on_advance).make()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs.load import to_json
+from configs.prepare import TextDataConfig
 from flows.data import LETTERS, show
 from tasks.preparation import prepare
 from tasks.session import training_config
@@ -36,8 +37,10 @@ def trained(micro, tmp_path, monkeypatch, cache):
     """`trained(*overrides)`: (run directory, batches that the trainer was given) of a run of two lives."""
     monkeypatch.setenv("EVERSTEP_CACHE", str(cache))
 
-    def train(*overrides):
+    def train(*overrides, data=None):
         config, consumed = micro(*overrides), {}
+        if data:
+            config = type(config).model_validate({**config.to_dict(), "data": data(config.data.to_dict())})
         training = TrainingConfig.model_validate(training_config(config))
         place = tmp_path / "run"
         place.mkdir()
@@ -80,6 +83,30 @@ def test_the_batch_of_a_step_is_the_one_that_was_trained(trained, capsys, micro,
             assert row["padding"] == int((segments == 0).sum())
         texts.add(json.dumps(rows))
     assert len(texts) == 6, "the batches differ, so a wrong one would be seen"
+
+
+def mixed(data):
+    shared = {key: data[key] for key in ("seq_len", "batch_size", "tokenizer", "val_fraction", "test_fraction")}
+    parts = [{"weight": w, "data": {"path": f"{data['path']}/{glob}"}} for w, glob in ((3, "0*.txt"), (1, "1*.txt"))]
+    return {"kind": "mixture", "parts": parts, **shared}
+
+
+def elsewhere(data):
+    ref = prepare(TextDataConfig.model_validate(data))
+    return {"kind": "packed", "path": f"file://{ref.path}", "seq_len": data["seq_len"], "batch_size": data["batch_size"]}
+
+
+@pytest.mark.parametrize("data", [mixed, elsewhere])
+def test_the_batch_is_the_one_that_was_trained_of_a_mixture_and_of_data_elsewhere_too(trained, capsys, data):
+    place, consumed = trained("seed=3", data=data)
+    texts = set()
+    for step, batch in consumed.items():
+        rows = shown(capsys, place, step)["rows"]
+        for row, targets, segments in zip(rows, batch["targets"], batch["segment_ids"], strict=True):
+            # Byte tokens: 0 is the end, and 1 to 256 are the bytes in the order of their letters; these texts are ASCII.
+            assert "".join(row["documents"]) == "".join(chr(t - 1 + 33) if t < 95 else " " for t in targets[segments > 0] if t)
+        texts.add(json.dumps(rows))
+    assert len(texts) == 6
 
 
 def test_one_row_is_shown_and_long_documents_are_cut_unless_all_is_asked_for(trained, capsys):

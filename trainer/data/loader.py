@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from .packed import DataManifest, ShardedRows
+from .packed import SOURCE, DataManifest, ShardedRows, ShardRecord
+from .shards import RemoteRows
 
 if TYPE_CHECKING:
     from .base import Batch, Loader
@@ -18,9 +19,19 @@ if TYPE_CHECKING:
 Ranges = Sequence[tuple[int, int]]  # [a, b), ascending and apart
 
 
-def _rows(folder: str | Path, manifest: DataManifest, split: str) -> ShardedRows:
+AnyRows = ShardedRows | RemoteRows
+
+
+def _open(folder: str | Path, shards: Sequence[ShardRecord]) -> AnyRows:
+    if (Path(folder) / SOURCE).exists():
+        return RemoteRows(folder, shards)
+    return ShardedRows([Path(folder) / shard.file for shard in shards])
+
+
+def rows_of(folder: str | Path, manifest: DataManifest, split: str) -> AnyRows:
+    """Random access to the rows of a split, wherever its shards lie. Raises DataError if they are not what the manifest says."""
     record = manifest.split(split)
-    rows = ShardedRows([Path(folder) / shard.file for shard in record.shards])
+    rows = _open(folder, record.shards)
     if len(rows) != record.rows:
         raise DataError(
             f"the {split} shards of {folder} hold {len(rows)} rows, the manifest says {record.rows}; delete it and prepare again"
@@ -90,7 +101,7 @@ def train_loader(
     """
     if batch_size % num_processes:
         raise DataError(f"batch_size {batch_size} cannot be divided among {num_processes} processes; make it a multiple of {num_processes}")
-    rows = _rows(folder, manifest, "train")
+    rows = rows_of(folder, manifest, "train")
     if len(rows) < batch_size:
         raise DataError(
             f"{len(rows)} training rows of {manifest.seq_len} tokens are fewer than one batch of {batch_size}; "
@@ -103,14 +114,14 @@ def train_loader(
     return TrainLoader(dataset, leave_out)
 
 
-def _parts(folder: str | Path, manifest: DataManifest, rows: ShardedRows) -> tuple[list[ShardedRows], list[float]]:
+def _parts(folder: str | Path, manifest: DataManifest, rows: AnyRows) -> tuple[list[AnyRows], list[float]]:
     """The training rows of each part of a mixture, and the weights; of other data all rows."""
     if not manifest.parts:
         return [rows], [1.0]
-    paths, parts = list(rows.paths), []
+    shards, parts = list(manifest.split("train").shards), []
     for part in manifest.parts:
-        parts.append(ShardedRows(paths[: part.shards]))
-        del paths[: part.shards]
+        parts.append(_open(folder, shards[: part.shards]))
+        del shards[: part.shards]
     return parts, [part.weight for part in manifest.parts]
 
 
@@ -125,7 +136,7 @@ def batch_of(
 
 
 def batches_of(
-    *parts: ShardedRows,
+    *parts: AnyRows,
     batch_size: int,
     seed: int,
     weights: Sequence[float] = (1.0,),
@@ -157,7 +168,7 @@ def eval_batches(folder: str | Path, manifest: DataManifest, split: str, *, batc
 
     Raises DataError, before the first batch, if the data has no such split.
     """
-    rows = _rows(folder, manifest, split)
+    rows = rows_of(folder, manifest, split)
 
     def batches() -> "Iterator[Batch]":
         import numpy as np

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 NAME = "manifest.json"
+SOURCE = "source.json"  # of a folder whose shards lie elsewhere: {"address", "cache_bytes"}; see shards.py
 VERSION = 2  # of the files below a prepared folder; part of their digest
 
 
@@ -115,7 +116,8 @@ class DataManifest(Config):
 def load_manifest(folder: str | Path) -> DataManifest:
     """The manifest of a prepared folder, after a look at the size of every file it names.
 
-    Raises DataError if the manifest is missing, damaged or of another version, or a file is missing or of another size.
+    Shards that lie elsewhere are looked at when they are fetched. Raises DataError if the manifest is missing, damaged or of
+    another version, or a file is missing or of another size.
     """
     folder = Path(folder)
     way_out = f"delete {folder} and prepare again"
@@ -123,23 +125,29 @@ def load_manifest(folder: str | Path) -> DataManifest:
         data = (folder / NAME).read_bytes()
     except OSError as e:
         raise DataError(f"no {NAME} can be read in {folder} ({e.strerror}); {way_out}") from e
-    try:
-        record = unseal(data)
-    except ValueError as e:
-        raise DataError(f"{folder / NAME} is damaged: {e}; {way_out}") from e
-    if record.get("version") != VERSION:
-        raise DataError(f"{folder / NAME} is of version {record.get('version')}, this program reads {VERSION}; {way_out}")
-    try:
-        manifest = DataManifest.model_validate(record)
-    except ValidationError as e:
-        raise DataError(f"{folder / NAME} is not a manifest of data: {e}; {way_out}") from e
-    for file in (manifest.tokenizer, *(shard for split in manifest.splits.values() for shard in split.shards)):
+    manifest = parse_manifest(data, where=folder / NAME, way_out=way_out)
+    shards = () if (folder / SOURCE).exists() else tuple(shard for split in manifest.splits.values() for shard in split.shards)
+    for file in (manifest.tokenizer, *shards):
         path = folder / file.file
         size = path.stat().st_size if path.is_file() else None
         if size != file.size:
             found = "is missing" if size is None else f"has {size} bytes"
             raise DataError(f"{path} {found}, its manifest says {file.size} bytes; {way_out}")
     return manifest
+
+
+def parse_manifest(data: bytes, *, where: object, way_out: str) -> DataManifest:
+    """The manifest that `data` is, read from `where`. Raises DataError, with the way out, if it is damaged or of another version."""
+    try:
+        record = unseal(data)
+    except ValueError as e:
+        raise DataError(f"{where} is damaged: {e}; {way_out}") from e
+    if record.get("version") != VERSION:
+        raise DataError(f"{where} is of version {record.get('version')}, this program reads {VERSION}; {way_out}")
+    try:
+        return DataManifest.model_validate(record)
+    except ValidationError as e:
+        raise DataError(f"{where} is not a manifest of data: {e}; {way_out}") from e
 
 
 class ShardedRows:

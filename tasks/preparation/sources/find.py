@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from trainer.errors import DataError, StorageError
+from trainer.storage import file_system
 
 from . import FORMATS, File, Format, Part
 from .unpack import UNPACK, unpack
@@ -19,7 +20,6 @@ VERSION_KEYS = (
     "mtime", "created", "ino", "ETag", "etag", "md5Hash", "crc32c", "generation", "LastModified", "last_modified",
     "Last-Modified", "Content-MD5", "sha256", "blob_id", "last_commit", "content_settings", "updated",
 )  # fmt: skip
-INSTALL = {"hf": "huggingface_hub", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp"}
 
 
 def format_of(path: str) -> tuple[Format | None, str]:
@@ -51,26 +51,6 @@ def storage_errors(path: str, *, wants: str = "") -> Iterator[None]:
         if type(e).__module__.split(".")[0] in ("aiohttp", "gcsfs", "asyncio", "fsspec", "botocore", "requests", "httpx"):
             raise StorageError(f"{path} could not be read: {type(e).__name__}: {e}") from e
         raise
-
-
-def file_system(address: str, key: str = "data.path") -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it. Raises DataError that names `key` if there is none."""
-    import fsspec
-
-    options: dict[str, Any] = {}
-    if address.startswith(("gs://", "gcs://")):
-        import aiohttp
-
-        # A stalled connection would hang for ever, and a listing of before would hide what came since.
-        options = {"use_listings_cache": False, "requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)}
-    try:
-        return fsspec.core.url_to_fs(address, **options)
-    except ImportError as e:
-        package = INSTALL.get(address.partition(":")[0])
-        way_out = f"; install {package} beside everstep" if package else ""
-        raise DataError(f"{key} {address!r} cannot be opened: {e}{way_out}") from e
-    except ValueError as e:  # an unknown protocol
-        raise DataError(f"{key} {address!r} cannot be opened: {e}") from e
 
 
 def find_files(path: str) -> list[File]:
