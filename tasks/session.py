@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.run import RunConfig, config_digest
-from trainer.errors import StoppedError, TrainerDiedError, describe, final_status, revive
+from trainer.errors import EverstepError, StoppedError, TrainerDiedError, describe, final_status, revive
 from trainer.manifest import Commit
 from trainer.rundir import RunDir
 
@@ -23,6 +23,7 @@ from .stop import StopRequests
 
 log = logging.getLogger(__name__)
 
+FAREWELL = 5.0  # seconds for callbacks and loggers at the end of a session
 POLL = 0.1  # seconds between looks at a stop request while a call waits
 
 Listener = Callable[[str, Any], None]  # told of ("row", [split, step, values]) and ("beat", {"phase", "step"})
@@ -202,7 +203,14 @@ class ProcessSession(Session):
         self._call("conclude")
 
     def close(self) -> None:
-        """See Session.close."""
+        """See Session.close. Its callbacks and loggers are told, as far as they manage in their time."""
+        if self._child is not None and self._is_open and self._child.alive:
+            with contextlib.suppress(EverstepError, OSError):
+                self._child.send("close", {})
+                deadline = time.monotonic() + FAREWELL
+                while time.monotonic() < deadline and (message := self._child.receive(POLL) or ["", None])[0] not in ("ok", "error"):
+                    if message[0] == "log":
+                        logging.getLogger(message[1][0]).log(message[1][1], message[1][2])
         for child in (self._child, self._spare):
             if child is not None:
                 child.kill()

@@ -8,7 +8,7 @@ import importlib
 import json
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, TypeAdapter, field_validator
 
 from .errors import ConfigError
 
@@ -136,7 +136,7 @@ class TrainerConfig(Config):
     check_val_every_n_steps: int = -1  # -1: off
     check_for_nan: bool = True  # look at loss and gradients on the device at every step
     log_grad_norm: bool = True  # global norm of the whole batch's gradient, before clipping
-    log_grad_norm_per_param: bool = False
+    log_grad_norm_per_param: bool = False  # at the multiples of log_every_n_steps; other rows (a shorter last one) have null
     log_param_norm: bool = True  # global norm of the new parameters
     log_param_norm_per_param: bool = False
     log_intermediates: bool = False  # scalars that the model sows into "intermediates"
@@ -149,3 +149,10 @@ class TrainerConfig(Config):
     steps_per_dispatch: int = Field(1, ge=1)  # steps in one program call; all borders must be its multiples. Helps where steps are short
     on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the update out, count it, go on
     kind: str = "default"  # or the import path of a TrainerModule subclass
+
+    @field_validator("callbacks")
+    @classmethod
+    def _one_average(cls, value: tuple[CallbackConfig, ...]) -> tuple[CallbackConfig, ...]:
+        if sum(callback.kind == "ema" for callback in value) > 1:
+            raise ValueError("callbacks has ema more than once, and a validation has one row val_ema; keep one of them")
+        return value

@@ -120,6 +120,8 @@ class Desk:
         for callback in t.callbacks:
             state = t.state if at == t.global_step and hook != "on_row" else None
             answer: Answer = getattr(callback, hook)(Moment(at, epoch, state, dict(values or {}), self._info))
+            if wrong := [name for name in answer.values if name in ("step", "split") or "/" in name]:
+                raise ConfigError(f"{type(callback).__name__} adds a value named {wrong[0]!r} to a row; choose another name, without '/'")
             if values is not None:
                 values.update(answer.values)
             if (answer.stop or answer.save) and not _may_decide(callback, hook, at):

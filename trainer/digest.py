@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 SAMPLE = 2**24  # values
+WORDS = {"bool", "float16", "bfloat16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))}
 GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: consecutive places get weights that look unrelated
 
 
@@ -63,9 +64,15 @@ def choose(flat: Mapping[str, Any], *, step: int, how: Literal["sampled", "full"
     """
     if how == "off":
         return {}
+    flat = {path: x for path, x in flat.items() if _has_words(x)}
     paths, groups = sorted(flat), 1
     if how == "sampled":
         # At most one for each array: of arrays that are larger than a sample there would be steps without any.
         groups = min(-(-sum(x.size for x in flat.values()) // SAMPLE), len(paths)) or 1
     first = zlib.crc32(step.to_bytes(8, "little")) % groups
     return {path: flat[path] for path in paths[first::groups]}
+
+
+def _has_words(x: Any) -> bool:
+    """Whether the values can be read as integers of whole bytes: not so complex numbers, 4 bits, and what is no array."""
+    return hasattr(x, "dtype") and jnp.dtype(x.dtype).name in WORDS

@@ -1,8 +1,8 @@
 """The trainer process: obeys a pipe, trains in its main thread, and dies with its parent.
 
-Messages are JSON over one socket. Requests: `start`, `open`, `train_until`, `evaluate`, `sample`, `conclude`, answered in order by `ok` or
-`error`; `stop` is obeyed at once, in the middle of a chunk. Between answers it tells its log records, rows and progress.
-It ignores SIGTERM and SIGINT: whoever is to stop it says so through the pipe.
+Messages are JSON over one socket. Requests: `start`, `open`, `train_until`, `evaluate`, `sample`, `conclude`, `close`, answered
+in order by `ok` or `error`; `stop` is obeyed at once, in the middle of a chunk. Between answers it tells its log records, rows
+and progress. It ignores SIGTERM and SIGINT: whoever is to stop it says so through the pipe.
 """
 
 import sys
@@ -168,6 +168,12 @@ class Worker:
         """Tell callbacks and loggers that all is done."""
         self.phase = "conclude"
         self.run.conclude()
+
+    def do_close(self) -> None:
+        """Tell callbacks and loggers that this life ends without having failed."""
+        self.phase = "close"
+        if self.run is not None:
+            self.run.close()
 
     def _at(self, step: int) -> None:
         self.step = step

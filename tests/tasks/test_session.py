@@ -199,3 +199,12 @@ def test_the_spare_has_its_imports_done_and_no_backend(started):
 
 def threads(child):
     return {(t / "comm").read_text().strip() for t in Path(f"/proc/{child.process.pid}/task").iterdir()}
+
+
+def test_a_trace_that_is_under_way_when_a_session_ends_is_kept_because_callbacks_are_told(micro, tmp_path):
+    config = micro("execution.mode=process", "trainer.callbacks=[{kind: profiler, first_step: 2, num_steps: 100}]")
+    with writing(config, tmp_path / "run") as writer:
+        writer.session.data = Path(prepare(writer.config.data).path)
+        writer.session.open()
+        writer.session.train_until(4)
+    assert list((tmp_path / "run").glob("profile/plugins/profile/*/*.xplane.pb"))

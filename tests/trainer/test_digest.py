@@ -82,3 +82,8 @@ def test_of_arrays_larger_than_a_sample_every_commit_still_looks_at_one():
     chosen = [choose(flat, step=step, how="sampled") for step in range(0, 5000, 50)]
     assert all(len(c) == 1 for c in chosen) and set().union(*chosen) == set(flat)
     assert choose({}, step=1, how="sampled") == {}
+
+
+def test_arrays_without_words_of_their_own_and_plain_numbers_are_left_to_the_checksums_of_files():
+    odd = {"complex": jnp.ones(3, jnp.complex64), "nibbles": jnp.ones(4, jnp.int4), "number": 3}
+    assert choose({**odd, "plain": jnp.ones(2)}, step=0, how="full").keys() == {"plain"}

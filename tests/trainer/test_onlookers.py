@@ -193,6 +193,17 @@ def test_no_logger_is_given_a_row_that_may_be_taken_back(life, tmp_path):
     assert all(step <= committed for step, committed in given)
 
 
+def test_two_averages_which_would_share_a_row_are_refused_and_so_are_values_that_would_be_a_row_s_step(life, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="ema more than once"):
+        life(tmp_path / "two", "trainer.callbacks=[{kind: ema}, {kind: ema}]")
+    run = life(tmp_path / "run", "trainer.callbacks=[{kind: lr}]")
+    run.open()
+    monkeypatch.setattr(run.trainer.callbacks[0], "on_row", lambda moment: Answer(values={"step": 7}))
+    with pytest.raises(ConfigError, match="'step'"):
+        run.train_until(6)
+    run.close()
+
+
 class Table:
     """A logger of the kind that can take rows back, and that may fail in the middle."""
 

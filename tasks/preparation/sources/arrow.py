@@ -12,7 +12,8 @@ from .parquet import BROKEN, damaged, of_store
 
 MAGIC = b"ARROW1"
 OLD_FEATHER = b"FEA1"
-END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream
+BEGIN = b"\xff\xff\xff\xff"  # of every message of a stream
+END = BEGIN + b"\0\0\0\0"  # of a stream
 
 
 class Arrow:
@@ -72,6 +73,10 @@ class Arrow:
         try:
             # A stream that was cut between two messages reads as a shorter one.
             whole = stream.seek(0, 2) >= len(END) and stream.seek(-len(END), 2) and stream.read() == END
+            stream.seek(0)
+            if stream.read(len(BEGIN)) != BEGIN:  # read as the form of before 2019, other bytes may mean a stream of nothing
+                yield damaged(row, "Arrow", OSError("it does not begin as a stream does"))
+                return
             stream.seek(0)
             reader = pa.ipc.open_stream(stream)
             if (problem := missing(reader.schema.names, wanted)) is not None:
