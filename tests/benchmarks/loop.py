@@ -67,7 +67,7 @@ class Regression(TrainerModule):
 
     def loss_function(self, params, apply_fn, batch, rng, train=True):
         """The mean over the batch."""
-        y, _ = apply_fn({"params": params}, batch["inputs"], train=train, mutable=[])
+        y = apply_fn({"params": params}, batch["inputs"], train=train)
         squares = (y[:, 0] - batch["targets"]) ** 2
         return jnp.mean(squares), ({"loss": {"value": jnp.sum(squares), "count": squares.size}}, {})
 

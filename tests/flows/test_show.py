@@ -16,7 +16,6 @@ from trainer.assemble import TrainingConfig, assemble
 from trainer.data import load_manifest, load_tokenizer
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.files import seal
-from trainer.module import TrainerModule
 from trainer.run import Run
 from trainer.rundir import RunDir
 
@@ -45,16 +44,14 @@ def trained(micro, tmp_path, monkeypatch, cache):
         place = tmp_path / "run"
         place.mkdir()
         (place / "config.json").write_text(to_json(config))
-        put = TrainerModule.put_train
         for until in (2, 6):  # the first life ends at step 2, with batches read ahead
-            run = Run(training, assemble(training), RunDir(place), Path(prepare(config.data).path))
-            given = []
-            monkeypatch.setattr(TrainerModule, "put_train", lambda self, batches, given=given: given.extend(batches) or put(self, batches))
+            trainer, given = assemble(training), []
+            trainer.put_train = lambda batches, given=given, put=trainer.put_train: given.extend(batches) or put(batches)
+            run = Run(training, trainer, RunDir(place), Path(prepare(config.data).path))
             start = run.open().step
             run.train_until(until)
             run.close()
             consumed |= dict(enumerate(given[: until - start], start + 1))
-        monkeypatch.setattr(TrainerModule, "put_train", put)
         return place, consumed
 
     return train

@@ -70,7 +70,7 @@ LOGGERS = list(map(configs_of, (ConsoleLoggerConfig, CsvLoggerConfig, JsonlLogge
 TRAINERS = configs_of(
     TrainerConfig,
     logger=st.none() | configs_of(LoggerConfig, parts=st.lists(st.one_of(LOGGERS), max_size=3).map(tuple)),
-    callbacks=st.lists(st.one_of(CALLBACKS), max_size=4).map(tuple),
+    callbacks=st.lists(st.one_of(CALLBACKS), max_size=4, unique_by=lambda callback: callback.kind).map(tuple),
 )
 
 
