@@ -6,6 +6,8 @@ config is complete: read back from its own JSON it is the same config, whatever 
 
 import hashlib
 import json
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -175,13 +177,15 @@ def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
     return [] if old == new else [(path, old, new)]
 
 
-def resume_conflicts(old: RunConfig, new: RunConfig) -> list[str]:
+def resume_conflicts(old: RunConfig, new: RunConfig, *, place: int = sys.maxsize) -> list[str]:
     """Why a run of config `old` cannot go on under `new`, as lines "path: old -> new"; empty where it can.
 
-    The mesh, execution, publish, trainer.logger and the name may change, and num_steps as long as the learning rates of
-    the steps stay what they were.
+    The mesh, execution, publish, trainer.logger and the name may change, num_steps as long as the learning rates of the steps
+    stay what they were, and what is left out of the data after its first `place` batches.
     """
     found = {path: (a, b) for path, a, b in differences(old, new) if not _is_free(path)}
+    if _before(old.data.leave_out, place) == _before(new.data.leave_out, place):
+        found.pop("data.leave_out", None)
     lines = {path: f"{path}: {_show(a)} -> {_show(b)}" for path, (a, b) in found.items()}
     if "num_steps" in lines:
         decay = "optimizer.schedule.decay_steps"
@@ -192,6 +196,10 @@ def resume_conflicts(old: RunConfig, new: RunConfig) -> list[str]:
         else:
             del lines["num_steps"]
     return list(lines.values())
+
+
+def _before(ranges: Iterable[tuple[int, int]], place: int) -> list[tuple[int, int]]:
+    return [(a, min(b, place)) for a, b in ranges if a < place]
 
 
 def _is_free(path: str) -> bool:

@@ -135,20 +135,14 @@ def _decoded(folder: Path, manifest: Any, split: str, *, count: int, seed: int) 
     """Rows of a split drawn by `seed`, as {"row", "padding", "documents": [text of each stretch]}."""
     import numpy as np
 
+    from tasks.evidence import in_words
     from trainer.data import load_tokenizer, rows_of
 
     tokenizer = load_tokenizer(folder)
     held = rows_of(folder, manifest, split)
     drawn = np.random.default_rng(seed).choice(len(held), min(max(count, 0), len(held)), replace=False)
     for number in sorted(drawn.tolist()):
-        yield _in_words(number, held[number], tokenizer)
-
-
-def _in_words(number: int, row: Any, tokenizer: Any) -> dict[str, Any]:
-    """A row as {"row", "padding", "documents": [text of each stretch]}."""
-    segments = row["segment_ids"]
-    stretches = [row["targets"][segments == i] for i in range(1, int(segments.max(initial=0)) + 1)]
-    return {"row": number, "padding": int((segments == 0).sum()), "documents": [tokenizer.decode(some) for some in stretches]}
+        yield in_words(number, held[number], tokenizer)
 
 
 def _show(manifest: Any, samples: list[dict[str, Any]], line: Callable[[str], object]) -> None:
@@ -183,7 +177,7 @@ def show(
 ) -> None:
     """The documents of the batch that a run trains at a step, row by row. JSON has them whole."""
     from configs.load import read_config
-    from trainer.data import batch_of, load_tokenizer
+    from tasks.evidence import batch_in_words
 
     path = run_path(run)
     config = read_config(path)
@@ -193,16 +187,8 @@ def show(
     rows = range(config.data.batch_size)
     if row is not None and row not in rows:
         raise ConfigError(f"row {row} is none of the batch's: they are 0 to {rows[-1]} (data.batch_size {config.data.batch_size})")
-    place, batch = batch_of(
-        folder,
-        manifest,
-        step=step,
-        batch_size=config.data.batch_size,
-        seed=config.trainer.seed,
-        leave_out=config.data.leave_out,
-    )
-    tokenizer = load_tokenizer(folder)
-    found = [_in_words(i, {name: field[i] for name, field in batch.items()}, tokenizer) for i in (rows if row is None else [row])]
+    place, batch = batch_in_words(config, folder, step)
+    found = batch if row is None else [batch[row]]
     if not as_json:
         print(f"step {step} of {config.num_steps}, place {place} in the data: {len(rows)} rows of {manifest.seq_len} tokens")
         for one in found:

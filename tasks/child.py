@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,11 +13,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import TrainerDiedError, TrainerHungError
+from trainer.errors import MEMORY_DIALS, TrainerDiedError, TrainerHungError
+from trainer.progress import Place, Progress, shared_memory
 
-START_LIMIT = 180.0  # seconds for the imports of a new trainer process on a loaded machine
-BEAT_LIMIT = 30.0  # seconds without a sign of life, after which a process hangs; it gives one a second
-STOPPED_LIMIT = 10.0  # the same for a process that a signal has stopped
+from .watchdog import Watchdog, activity_of
+
+log = logging.getLogger(__name__)
+
+STACKS = 2.0  # seconds that a stuck process has to write its stacks down
 
 # The temporary arrays of a step are as large in every step. By default glibc gives them back to the system after each and
 # the kernel clears every page again: 80 of 170 ms of a step of `tiny`. Kept, and in huge pages, they cost 1.
@@ -24,14 +28,16 @@ MALLOC = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=858
 
 
 class Child:
-    """A trainer process and our end of its pipe."""
+    """A trainer process and our end of its pipe. `seen` and `patience` are for its watchdog."""
 
-    def __init__(self, lock_fd: int, log_path: Path):
+    def __init__(self, lock_fd: int, log_path: Path, seen: dict[str, float], *, patience: float = 1.0):
         ours, theirs = socket.socketpair()
+        memory = shared_memory()
+        self._log_path, self._oom_kills = log_path, oom_kills()
         with theirs, open(log_path, "ab") as log_file:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "trainer.worker", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=(theirs.fileno(), lock_fd),
+                [sys.executable, "-P", "-m", "trainer.worker", str(theirs.fileno()), str(os.getpid()), str(memory)],
+                pass_fds=(theirs.fileno(), lock_fd, memory),
                 env={"GLIBC_TUNABLES": MALLOC, **os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
@@ -39,16 +45,23 @@ class Child:
                 start_new_session=True,  # a Ctrl-C in the terminal is for the command alone
             )
         self.connection = Connection(ours.detach())
-        self.began = self.last_sign = time.monotonic()
-        self.phase = "imports"
+        self.progress = Progress(memory)
+        os.close(memory)
+        self._watchdog = Watchdog(self.progress.read, lambda: activity_of(self.process.pid), seen, patience=patience)
 
     @property
     def alive(self) -> bool:
         """Whether the process runs, as far as the kernel knows."""
         return self.process.poll() is None
 
+    @property
+    def place(self) -> Place:
+        """Where it is, or was when it died."""
+        return self.progress.read()
+
     def send(self, kind: str, value: Any) -> None:
         """Send a request. Raises TrainerDiedError where nobody is there to read it."""
+        self._watchdog.forgive()
         try:
             self.connection.send_bytes(json.dumps([kind, value]).encode())
         except OSError as e:
@@ -56,25 +69,12 @@ class Child:
 
     def receive(self, timeout: float) -> list[Any] | None:
         """The next message, None where none came in time. Raises TrainerDiedError where none will."""
+        if why := self._watchdog.look():
+            raise self.hung(why)
         try:
-            if not self.connection.poll(timeout):
-                limit = STOPPED_LIMIT if self._is_stopped() else BEAT_LIMIT if self.phase != "imports" else START_LIMIT
-                if time.monotonic() - self.last_sign > limit:
-                    raise self.hung(limit)
-                return None
-            message = json.loads(self.connection.recv_bytes())
+            return json.loads(self.connection.recv_bytes()) if self.connection.poll(timeout) else None
         except (EOFError, OSError) as e:
             raise self.died() from e
-        self.last_sign = time.monotonic()
-        if message[0] == "beat":
-            self.phase = message[1]["phase"]
-        return message
-
-    def _is_stopped(self) -> bool:
-        try:
-            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-        except OSError:
-            return False
 
     def died(self) -> TrainerDiedError:
         """What became of the process, as an error."""
@@ -82,15 +82,35 @@ class Child:
             self.process.wait(5)
         code = self.process.returncode
         how = "without a word" if code is None else f"with exit code {code}" if code >= 0 else f"by signal {-code} ({_signal_name(-code)})"
-        hint = "; the system may have run out of memory: lower data.batch_size" if code == -signal.SIGKILL else ""
-        return TrainerDiedError(f"the trainer process {self.process.pid} ended {how} in phase {self.phase}{hint}")
+        if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            how += f": the system ran out of memory; {MEMORY_DIALS}"
+        return TrainerDiedError(f"the trainer process {self.process.pid} ended {how} {self._where()}", cause=f"exit {code}")
 
-    def hung(self, limit: float) -> TrainerHungError:
-        """The error of a process without signs of life, which is killed."""
+    def hung(self, why: str) -> TrainerHungError:
+        """The error of a process that goes on no more; its stacks are logged, and it is killed."""
+        stacks = self._stacks()
         self.kill()
-        return TrainerHungError(
-            f"the trainer process {self.process.pid} gave no sign of life for {limit:.0f} s in phase {self.phase}; killed"
-        )
+        if stacks:
+            log.warning("stacks of the trainer process %d:\n%s", self.process.pid, stacks)
+        return TrainerHungError(f"the trainer process {self.process.pid} was killed {self._where()}: {why}", cause="hung")
+
+    def _where(self) -> str:
+        place = self.place
+        return f"in phase {place.phase}" + (f" after step {place.step}" if place.step >= 0 else "")
+
+    def _stacks(self) -> str:
+        """What its threads are at, as it writes it to its log when asked; nothing where it is stopped or blocks signals."""
+        start = end = self._log_path.stat().st_size
+        self.process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + STACKS
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            before, end = end, self._log_path.stat().st_size
+            if before == end > start:
+                break
+        with open(self._log_path, "rb") as f:
+            f.seek(start)
+            return f.read(end - start).decode(errors="replace").rstrip()
 
     def kill(self) -> None:
         """End the process at once."""
@@ -98,6 +118,15 @@ class Child:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         self.connection.close()
+
+
+def oom_kills() -> int:
+    """How many processes of this system were killed for want of memory since it started; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _signal_name(number: int) -> str:

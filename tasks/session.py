@@ -7,6 +7,7 @@ message to the trainer, which finishes its step, commits and answers.
 
 import contextlib
 import logging
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,11 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from configs.run import RunConfig, config_digest
-from trainer.errors import EverstepError, StoppedError, TrainerDiedError, describe, final_status, revive
+from trainer.errors import (
+    CrashLoopError,
+    EverstepError,
+    StoppedError,
+    TrainerDiedError,
+    TrainerHungError,
+    describe,
+    final_status,
+    revive,
+)
 from trainer.manifest import Commit
+from trainer.progress import Place
 from trainer.rundir import RunDir
 
 from .child import Child
+from .evidence import keep_batch
+from .lives import verdict
 from .stop import StopRequests
 
 log = logging.getLogger(__name__)
@@ -104,6 +117,7 @@ class InlineSession(Session):
 
     def open(self) -> Commit:
         """See Session.open."""
+        from trainer.progress import Progress
         from trainer.run import Run
 
         self.start()
@@ -114,7 +128,7 @@ class InlineSession(Session):
             self.run_dir,
             self.data,
             should_stop=lambda: self.stops.asked,
-            on_step=lambda step: self.listener("beat", {"phase": "step", "step": step}),
+            progress=Progress(on_step=lambda step: self.listener("beat", {"phase": "step", "step": step})),
             on_row=lambda split, step, values: self.listener("row", [split, step, values]),
             require_exact=self.require_exact,
         )
@@ -169,6 +183,9 @@ class ProcessSession(Session):
         self._description: dict[str, Any] | None = None  # of the devices; None: the current child is not started
         self._is_open = False
         self._committed = -1
+        self._seen: dict[str, float] = {}  # the longest that a trainer took for a unit of each phase, in seconds
+        self._given_up = 0  # trainers without progress since the last commit
+        self._shown = 0.0
 
     def warm_up(self) -> None:
         """See Session.warm_up. The process dies with the thread that spawns it, hence the main one."""
@@ -186,7 +203,7 @@ class ProcessSession(Session):
     def train_until(self, step: int) -> Commit:
         """See Session.train_until."""
         commit = Commit(**self._call("train_until", step=step))
-        self._committed = commit.step
+        self._committed, self._given_up = commit.step, 0
         self._keep_spare()
         return commit
 
@@ -219,7 +236,7 @@ class ProcessSession(Session):
 
     def _spawn(self) -> Child:
         self.run_dir.logs.mkdir(parents=True, exist_ok=True)
-        return Child(self._lock_fd, self.run_dir.logs / "trainer.log")
+        return Child(self._lock_fd, self.run_dir.logs / "trainer.log", self._seen, patience=2.0**self._given_up)
 
     def _keep_spare(self) -> None:
         if self._spare is not None and not self._spare.alive:
@@ -233,20 +250,37 @@ class ProcessSession(Session):
         if self._child is not None and self._child.alive:
             return self._child
         if self._child is not None:  # it died while nobody was waiting for it
-            self._note_death(self._child, self._child.died())
+            error = self._note_death(self._child, self._child.died())
             self._child.kill()
+            self._child = None
+            if isinstance(error, CrashLoopError):
+                raise error
         spare, self._spare = self._spare, None
         if spare is not None and not spare.alive:
             spare.kill()
             spare = None
-        if spare is not None:
-            spare.last_sign = time.monotonic()
         self._child, self._description, self._is_open = spare or self._spawn(), None, False
         return self._child
 
-    def _note_death(self, child: Child, error: TrainerDiedError) -> None:
+    def _note_death(self, child: Child, error: TrainerDiedError) -> EverstepError:
+        """Write a death down; gives the error to raise for it: another one where it happens again and again."""
+        if isinstance(error, TrainerHungError):
+            self._given_up += 1
         log.warning("%s", error)
-        self.run_dir.event("killed", pid=child.process.pid, phase=child.phase, **describe(error))
+        place = child.place
+        self.run_dir.event("killed", pid=child.process.pid, phase=place.phase, **{**describe(error), "step": place.step})
+        why = verdict(self.run_dir.read_events())
+        return CrashLoopError(f"{why}: {error}; {self._evidence(place)}") if why else error
+
+    def _evidence(self, place: Place) -> str:
+        log_path = os.path.relpath(self.run_dir.logs / "trainer.log", self.run_dir.path)
+        if place.phase not in ("step", "compile") or self.data is None:
+            return f"see {log_path}, mend the cause, then `everstep resume` tries again"
+        at, path = keep_batch(self.config, self.run_dir, self.data, place.step + 1)
+        return (
+            f"see {log_path}, and the documents of that batch in {os.path.relpath(path, self.run_dir.path)}; "
+            f"data.leave_out=[[{at},{at + 1}]] trains without them"
+        )
 
     def _started(self) -> dict[str, Any]:
         child = self._take()
@@ -289,6 +323,7 @@ class ProcessSession(Session):
                     grace = self.config.execution.grace_seconds
                     raise StoppedError(f"no commit within the {grace:g} s of grace; step {self._committed} stands", step=self._committed)
                 message = child.receive(POLL)
+                self._show(child)
                 if message is None:
                     continue
                 topic, content = message
@@ -302,11 +337,17 @@ class ProcessSession(Session):
                     self.listener(topic, content)
         except BaseException as e:
             # Whatever went wrong, the arrays of that process are not to be trusted: the next call has a new one.
-            if isinstance(e, TrainerDiedError):
-                self._note_death(child, e)
             child.kill()
             self._child = None
+            if isinstance(e, TrainerDiedError) and (final := self._note_death(child, e)) is not e:
+                raise final from e
             raise
+
+    def _show(self, child: Child) -> None:
+        """Tell the listener where the trainer is, once a second."""
+        if time.monotonic() - self._shown >= 1:
+            self._shown = time.monotonic()
+            self.listener("beat", {"phase": child.place.phase, "step": child.place.step})
 
 
 def make_session(config: RunConfig, run_dir: RunDir, lock_fd: int, **kwargs: Any) -> Session:

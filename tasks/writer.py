@@ -6,9 +6,11 @@ command, it gives the same writer. Tasks find it by `current`, since a session c
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,7 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
         settle_config(place, config)
         _current = Writer(config, place, lock.fd, require_exact=require_exact)
         session = _current.session
-        place.event("started", pid=os.getpid())
+        place.event("started", pid=os.getpid(), attempt=attempt())
         try:
             yield _current
         except BaseException as e:
@@ -110,6 +112,16 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
             _current = None
     finally:
         lock.release()
+
+
+def attempt() -> int:
+    """Which try of its flow run this is; 1 where there is none yet: somebody started it by hand."""
+    if "prefect" not in sys.modules:  # then there is no flow run, and importing it takes a second
+        return 1
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    return context.flow_run.run_count if context is not None and context.flow_run is not None else 1
 
 
 def is_trained(config: RunConfig, place: RunDir) -> bool:
@@ -148,7 +160,7 @@ def settle_config(place: RunDir, config: RunConfig, *, dry: bool = False) -> Non
         if newest is not None and newest > config.num_steps:
             raise ConfigError(f"{place.path} is trained to step {newest} already, beyond num_steps {config.num_steps}; raise num_steps")
         # Nothing was trained yet: the config may be corrected.
-        if newest is not None and (conflicts := resume_conflicts(old, config)):
+        if newest is not None and (conflicts := resume_conflicts(old, config, place=_place_in_data(place, newest))):
             lines = "\n  ".join(conflicts)
             raise ConfigError(
                 f"{place.path} holds a run of another config:\n  {lines}\n"
@@ -166,6 +178,14 @@ def settle_config(place: RunDir, config: RunConfig, *, dry: bool = False) -> Non
         identity = f'{{"format": {FORMAT_VERSION}, "run_id": "{secrets.token_hex(8)}"}}\n'
         write_atomic(place.identity, identity.encode())
     write_atomic(place.config, to_json(config).encode())  # last: with it the directory is a run
+
+
+def _place_in_data(place: RunDir, step: int) -> int:
+    """How many batches of the data are behind the commit of `step`, as it says itself."""
+    try:
+        return json.loads((place.checkpoints / name_of(step) / "meta" / "metadata").read_text())["loader"]["train"]["next_index"]
+    except (OSError, ValueError, LookupError):
+        return sys.maxsize  # damaged: then nothing of the order may change
 
 
 def newest_step(place: RunDir) -> int | None:

@@ -4,7 +4,13 @@
 was wrong and the way out.
 """
 
+import errno
 from typing import Any
+
+MEMORY_DIALS = (
+    "raise trainer.gradient_accumulate_steps, lower data.batch_size, recompute more by model.remat, or cut the state over more devices "
+    "by mesh.fsdp (`everstep plan --memory` says what is needed)"
+)
 
 
 class EverstepError(Exception):
@@ -32,6 +38,14 @@ class RunDirError(EverstepError):
     exit_code = 2
 
 
+class DiskError(EverstepError):
+    """The disk is full, or files lost their rights, in the middle of the work; the last commit stands."""
+
+
+class OutOfMemoryError(EverstepError):
+    """A device or the host has not the memory that is needed; the same would be so again."""
+
+
 class CheckpointError(EverstepError):
     """No checkpoint can be used, or one does not hold what was asked of it."""
 
@@ -47,13 +61,25 @@ class StorageError(EverstepError):
 
 
 class TrainerDiedError(EverstepError):
-    """The trainer process ended without an answer; a new one goes on from the last commit."""
+    """The trainer process ended without an answer; a new one goes on from the last commit. `cause` is the same for deaths of a kind."""
 
     retryable = True
+
+    def __init__(self, message: str, *, cause: str = ""):
+        super().__init__(message)
+        self.cause = cause
 
 
 class TrainerHungError(TrainerDiedError):
     """The trainer process gave no sign of life or of progress and was killed."""
+
+
+class TrainerFailedError(TrainerDiedError):
+    """The system failed the trainer: a device, a disk, a network. It may not the next time."""
+
+
+class CrashLoopError(EverstepError):
+    """The trainer dies again and again without a new commit; what there is of evidence is named."""
 
 
 class DivergedError(EverstepError):
@@ -74,15 +100,32 @@ class StoppedError(EverstepError):
         self.step = step
 
 
-def of_the_system(error: BaseException, place: object) -> BaseException:
-    """An error of the disk as a RunDirError that says what to do; any other as it is."""
-    import errno
+_RIGHTS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_THE_DEVICE = ("XlaRuntimeError", "JaxRuntimeError")
 
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-        return error
-    made = RunDirError(f"{place} cannot be written: {error.strerror}; make room or mend its rights, then go on with `everstep resume`")
-    made.__cause__ = error
+
+def of_the_system(error: BaseException, place: object) -> BaseException:
+    """What the system did, rather than the program, as an error that says what to do; any other as it is."""
+    made = _of_the_system(error, place)
+    if made is not error:
+        made.__cause__ = error
     return made
+
+
+def _of_the_system(error: BaseException, place: object) -> BaseException:
+    if isinstance(error, EverstepError):
+        return error
+    number, text = getattr(error, "errno", None) if isinstance(error, OSError) else None, str(error)
+    if number in _FULL or "ENOSPC" in text or "No space left" in text:
+        return DiskError(f"there is no room for {place}; make some (`everstep prune`), then go on with `everstep resume`")
+    if number in _RIGHTS:
+        return DiskError(f"{place} cannot be written any more: {text}; mend its rights, then go on with `everstep resume`")
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        return OutOfMemoryError(f"out of memory: {text.splitlines()[0] if text else 'on the host'}; {MEMORY_DIALS}")
+    if isinstance(error, OSError) or type(error).__name__ in _OF_THE_DEVICE:
+        return TrainerFailedError(f"{type(error).__name__}: {text}", cause=type(error).__name__)
+    return error
 
 
 def final_status(error: BaseException) -> str:
@@ -91,12 +134,12 @@ def final_status(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> dict:
-    """`error` in JSON terms, to cross a process border: class name, message, whether to retry, and its step if it has one."""
+    """`error` in JSON terms, to cross a process border: class name, message, whether to retry, step and cause if it has them."""
     return {
         "type": type(error).__name__,
         "message": str(error),
         "retryable": bool(getattr(error, "retryable", False)),
-        "step": getattr(error, "step", None),
+        **{name: getattr(error, name) for name in ("step", "cause") if hasattr(error, name)},
     }
 
 
@@ -109,4 +152,6 @@ def revive(record: dict) -> EverstepError:
         return error
     if cls in (DivergedError, StoppedError):
         return cls(record["message"], step=record["step"])
+    if issubclass(cls, TrainerDiedError):
+        return cls(record["message"], cause=record["cause"])
     return cls(record["message"])

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+
 from .errors import DataError
 
 
@@ -11,10 +13,10 @@ def run(eval_step: Callable, weights: tuple[Any, dict[str, Any]], batches: Itera
 
     Raises DataError where there is no batch at all.
     """
-    window, seen = empty, 0
+    window, before = empty, None
     for batch in batches:
-        window = eval_step(*weights, window, batch)
-        seen += 1
-    if not seen:
+        window, before = eval_step(*weights, window, batch), window
+        jax.block_until_ready(before)  # two batches are in flight at most, however many there are
+    if before is None:
         raise DataError("there is nothing to evaluate on: the split has no batch; prepare the data with a larger fraction for it")
     return window

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .generate import generate
 from .manifest import Commit, name_of
 from .module import TrainerModule
 from .onlookers import Onlookers
+from .progress import Progress
 from .restore import weights_at
 from .rows import Rows, as_recorded, find, read
 from .rundir import RunDir
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 class Run:
     """One life of a run: `open` finds or makes its newest commit, `train_until` and `evaluate` go on from it.
 
-    `should_stop` is asked after every step; `on_row` is told of each row as it is written.
+    `should_stop` is asked after every step; `on_row` is told of each row as it is written; `progress` says where it is.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class Run:
         data: Path,
         *,
         should_stop: Callable[[], bool] = lambda: False,
-        on_step: Callable[[int], None] = lambda step: None,
+        progress: Progress | None = None,
         on_row: Callable[[str, int, dict], None] = lambda split, step, values: None,
         require_exact: bool = False,
     ):
         self.config, self.trainer, self.run_dir, self.data = config, trainer, run_dir, data
         self.onlookers = Onlookers(trainer, run_dir)
-        self.should_stop, self.on_step, self.on_row, self.require_exact = should_stop, on_step, on_row, require_exact
+        self.should_stop, self.on_row, self.require_exact = should_stop, on_row, require_exact
+        self.progress = progress or Progress()
         self.manifest: DataManifest = load_manifest(data)
         self._check_data()
         self.loader = train_loader(
@@ -65,6 +67,7 @@ class Run:
         self.window: Any = None
         self._committed = -1
         self._stopwatch: Stopwatch | None = None
+        self._evaluates = False  # the evaluation is compiled
 
     @property
     def step(self) -> int:
@@ -73,6 +76,14 @@ class Run:
 
     def open(self) -> Commit:
         """The newest commit, restored; where there is none, step 0 is made and committed. Later rows are cut."""
+        with self.progress.within("restore"):
+            commit = self._open()
+        with self.progress.within("callbacks"):
+            self.onlookers.begin(num_steps=self.config.num_steps, loader=self.loader, eval_names=self._eval_names())
+        self.progress.at(commit.step)
+        return self._ended(commit) if self.onlookers.stop_reason else commit
+
+    def _open(self) -> Commit:
         while (newest := self.store.newest_whole()) is not None:
             try:
                 self._restore(newest)
@@ -81,9 +92,7 @@ class Run:
                 self.store.set_aside(newest, [str(e)])
         if newest is None:
             self._refuse_to_forget()
-        commit = self._begin() if newest is None else self._commit_of(newest)
-        self.onlookers.begin(num_steps=self.config.num_steps, loader=self.loader, eval_names=self._eval_names())
-        return self._ended(commit) if self.onlookers.stop_reason else commit
+        return self._begin() if newest is None else self._commit_of(newest)
 
     def train_until(self, step: int) -> Commit:
         """Train to `step` and commit it; returns at once where that is done already, and earlier where a callback ends training.
@@ -116,7 +125,7 @@ class Run:
             closes=self._closes,
             pause=lambda at: wants_commit(at) or self.onlookers.wants(at, row=self._closes(at)),
         )
-        for record in self._stopwatch.watch(records):
+        for record in self._stopwatch.watch(self._watched(records)):
             self._take(record)
             if record.settled and (self.onlookers.take_save() or self.onlookers.stop_reason or wants_commit(record.step)):
                 commit = self._commit()
@@ -125,6 +134,17 @@ class Run:
                 if stopping and record.step < step:
                     raise StoppedError(f"stopped at step {record.step}, which is committed; go on with `everstep resume`", step=record.step)
         return commit
+
+    def _watched(self, records: Iterable[loop.Record]) -> Iterator[loop.Record]:
+        """The same records; the progress says what is waited for, and what happens between them is noted by who does it."""
+        records = iter(records)
+        while True:
+            with self.progress.within("compile" if self.trainer.first_step else "step"):
+                record = next(records, None)
+                if record is None:
+                    return
+                self.progress.completed(record.step)
+            yield record
 
     def evaluate(self, step: int, split: str, *, row: int | None = None) -> dict[str, Any]:
         """Values of `split` with the weights of committed step `step`, written as the row of step `row` (None: `step`), once.
@@ -135,37 +155,41 @@ class Run:
         if there := find(self.run_dir.metrics, split, at):
             return there
         began = time.monotonic()
-        self.onlookers.evaluating(split, step)
+        with self.progress.within("callbacks"):
+            self.onlookers.evaluating(split, step)
         values = self._values_of(self._weights_of(step), split)
         values |= {"time_evaluate_s": round(time.monotonic() - began, 3)} | ({"best_step": step} if split == "test" else {})
         if split == "val" and step == self.step:
             for averaged in self.onlookers.averages():
                 self._record("val_ema", at, self._values_of((averaged, self.trainer.state.mutable), split))
         values = as_recorded(values)
-        self.onlookers.evaluated(split, step, values)
+        with self.progress.within("callbacks"):
+            self.onlookers.evaluated(split, step, values)
         self._record(split, at, values)
         return find(self.run_dir.metrics, split, at) or values
 
     def sample(self, step: int, prompt: str, *, max_tokens: int = 120, temperature: float = 0.8, seed: int = 0) -> str:
         """`prompt` and what the weights of committed step `step` make of it."""
         tokenizer = load_tokenizer(self.data)
-        params, _ = self._weights_of(step)
         tokens = tokenizer.encode(prompt).tolist()
-        more = generate(
-            functools.partial(self.trainer.model.apply, train=False),
-            params,
-            tokens,
-            eos_id=tokenizer.eos_id,
-            window=self.config.data.seq_len,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
+        with self.progress.within("sample"):
+            params, _ = self._weights_of(step)
+            more = generate(
+                functools.partial(self.trainer.model.apply, train=False),
+                params,
+                tokens,
+                eos_id=tokenizer.eos_id,
+                window=self.config.data.seq_len,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
         return tokenizer.decode([*tokens, *more])
 
     def conclude(self) -> None:
         """The end of all: callbacks and loggers are told. Weights may still be asked for."""
-        self.onlookers.conclude()
+        with self.progress.within("conclude"):
+            self.onlookers.conclude()
 
     def close(self, status: str = "stopped") -> None:
         """Tell callbacks and loggers how this life ended, and let go of the checkpoints; nothing uncommitted becomes committed."""
@@ -219,14 +243,16 @@ class Run:
 
     def _commit(self) -> Commit:
         began = time.monotonic()
-        self.rows.sync()
-        self.store.save(self.trainer.state, self.window, self._meta(), self.onlookers.get_state())
-        commit = self.store.finish()
+        with self.progress.within("save"):
+            self.rows.sync()
+            self.store.save(self.trainer.state, self.window, self._meta(), self.onlookers.get_state())
+            commit = self.store.finish()
         self._committed = commit.step
         seconds = time.monotonic() - began
         self.run_dir.event("committed", step=commit.step, seconds=round(seconds, 3))
         log.info("committed step %d in %.2f s", commit.step, seconds)
-        self.onlookers.feed(self._committed)
+        with self.progress.within("callbacks"):
+            self.onlookers.feed(self._committed)
         return commit
 
     def _commit_of(self, step: int) -> Commit:
@@ -253,17 +279,26 @@ class Run:
     def _take(self, record: loop.Record) -> None:
         """Make a step the newest: its state, and the rows that turned out complete with it."""
         self.window = record.window
-        for at, window in record.before():
-            self._write_row(at, window)
-        self.onlookers.stepped()
-        for at, window in record.own():
-            self._write_row(at, window)
-        self.on_step(record.step)
+        with self.progress.within("callbacks"):
+            for at, window in record.before():
+                self._write_row(at, window)
+            self.onlookers.stepped()
+            for at, window in record.own():
+                self._write_row(at, window)
 
     def _values_of(self, weights: tuple[Any, dict[str, Any]], split: str) -> dict[str, Any]:
         size = self.config.data.eval_batch_size or self.config.data.batch_size
-        values = self.trainer.run_evaluation(weights, eval_batches(self.data, self.manifest, split, batch_size=size))
+        batches = eval_batches(self.data, self.manifest, split, batch_size=size)
+        with self.progress.within("evaluate" if self._evaluates else "compile"):
+            values = self.trainer.run_evaluation(weights, self._counted(batches))
+        self._evaluates = True
         return add_bits_per_byte(values, self.manifest, split)
+
+    def _counted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches, each noted when it is through."""
+        for batch in batches:
+            yield batch
+            self.progress.enter("evaluate")
 
     def _record(self, split: str, step: int, values: dict[str, Any]) -> None:
         """Write the row of an evaluation, unless it stands."""
@@ -271,7 +306,8 @@ class Run:
             self.rows.append(split, step, values)
             self.rows.sync()
             self.on_row(split, step, values)
-            self.onlookers.feed(self._committed)
+            with self.progress.within("callbacks"):
+                self.onlookers.feed(self._committed)
 
     def _weights_of(self, step: int) -> tuple[Any, dict[str, Any]]:
         if step == self.step:

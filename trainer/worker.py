@@ -1,8 +1,9 @@
 """The trainer process: obeys a pipe, trains in its main thread, and dies with its parent.
 
 Messages are JSON over one socket. Requests: `start`, `open`, `train_until`, `evaluate`, `sample`, `conclude`, `close`, answered
-in order by `ok` or `error`; `stop` is obeyed at once, in the middle of a chunk. Between answers it tells its log records, rows
-and progress. It ignores SIGTERM and SIGINT: whoever is to stop it says so through the pipe.
+in order by `ok` or `error`; `stop` is obeyed at once, in the middle of a chunk. Between answers it tells its log records and
+rows; where it is stands in shared memory, see progress. It ignores SIGTERM and SIGINT: whoever is to stop it says so through
+the pipe. At SIGUSR1 it writes down its stacks.
 """
 
 import sys
@@ -12,6 +13,7 @@ from .lifeline import die_with_parent
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[2]))  # before anything that takes time
 
+import faulthandler
 import json
 import logging
 import os
@@ -23,7 +25,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-BEAT = 1.0  # seconds between signs of life
+from .progress import Progress
+
+BEAT = 0.5  # seconds between signs of life
 FAREWELL = 5.0  # seconds for callbacks and loggers at the end of a life that failed or was stopped
 EXIT_ORPHANED = 3
 
@@ -68,11 +72,10 @@ class LogToPipe(logging.Handler):
 class Worker:
     """One life of the trainer: what each request does."""
 
-    def __init__(self, pipe: Pipe):
-        self.pipe = pipe
+    def __init__(self, pipe: Pipe, progress: Progress):
+        self.pipe, self.progress = pipe, progress
         self.stop = threading.Event()
         self.requests: queue.Queue[list[Any]] = queue.Queue()
-        self.phase, self.step = "imports", -1
         self.run: Any = None
         self.run_dir = ""
 
@@ -86,9 +89,9 @@ class Worker:
                 self.requests.put([kind, value])
 
     def beat(self) -> None:
-        """In a thread of its own: say once a second that this process lives, and where it is."""
+        """In a thread of its own: show that this process lives."""
         while True:
-            self.pipe.send("beat", {"phase": self.phase, "step": self.step})
+            self.progress.beat()
             time.sleep(BEAT)
 
     def serve(self) -> None:
@@ -105,7 +108,7 @@ class Worker:
                 self.pipe.send("error", describe(of_the_system(e, self.run_dir)))
             else:
                 self.pipe.send("ok", answer)
-            self.phase = "idle"
+            self.progress.enter("idle")
 
     def tell_of_the_end(self, error: BaseException) -> None:
         """Let callbacks and loggers know how this life ended, as far as they manage in their time: it ends with the answer."""
@@ -118,7 +121,7 @@ class Worker:
 
     def do_start(self, config: dict[str, Any], run_dir: str, numerics: str, require_exact: bool) -> dict[str, Any]:
         """Assemble the trainer and say on which devices; refuses what does not fit them."""
-        self.phase = "start"
+        self.progress.enter("start")
         from .assemble import TrainingConfig, assemble
         from .backend import set_up_jax
         from .run import describe_devices
@@ -134,57 +137,50 @@ class Worker:
         from .run import Run
         from .rundir import RunDir
 
-        self.phase = "restore"
         self.run = Run(
             self.config,
             self.trainer,
             RunDir(self.run_dir),
             Path(data),
             should_stop=self.stop.is_set,
-            on_step=self._at,
+            progress=self.progress,
             on_row=lambda split, step, values: self.pipe.send("row", [split, step, values]),
             require_exact=self.require_exact,
         )
-        commit = self.run.open()
-        self.step = commit.step
-        return vars(commit)
+        return vars(self.run.open())
 
     def do_train_until(self, step: int) -> dict[str, Any]:
         """Train to `step`; see Run.train_until."""
-        self.phase = "step"
         return vars(self.run.train_until(step))
 
     def do_evaluate(self, step: int, split: str, row: int) -> dict[str, Any]:
         """Evaluate committed step `step` and write the values as the row of step `row`."""
-        self.phase = "evaluate"
         return self.run.evaluate(step, split, row=row)
 
     def do_sample(self, step: int, prompt: str) -> str:
         """A text that begins with `prompt`."""
-        self.phase = "sample"
         return self.run.sample(step, prompt)
 
     def do_conclude(self) -> None:
         """Tell callbacks and loggers that all is done."""
-        self.phase = "conclude"
         self.run.conclude()
 
     def do_close(self) -> None:
         """Tell callbacks and loggers that this life ends without having failed."""
-        self.phase = "close"
+        self.progress.enter("close")
         if self.run is not None:
             self.run.close()
 
-    def _at(self, step: int) -> None:
-        self.step = step
-
 
 def main() -> None:
-    """Serve the parent whose end of the socket is descriptor argv[1] and whose process is argv[2]."""
+    """Serve the parent whose end of the socket is descriptor argv[1], whose process is argv[2]; argv[3] is shared memory."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     pipe = Pipe(Connection(int(sys.argv[1])))
-    worker = Worker(pipe)
+    progress = Progress(int(sys.argv[3]))
+    progress.start()
+    worker = Worker(pipe, progress)
     for job in (worker.listen, worker.beat):
         threading.Thread(target=job, daemon=True).start()
     root = logging.getLogger()
@@ -194,7 +190,7 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of a failed restore in dozens of tracebacks
     from . import run  # noqa: F401  the imports of seconds, before anything is asked
 
-    worker.phase = "idle"
+    progress.enter("idle")
     pipe.send("ready", {"pid": os.getpid()})
     worker.serve()
 

@@ -74,9 +74,9 @@ def test_a_process_trains_the_same_bits_as_inline_through_kills_of_it_and_of_its
 
 
 def test_a_stopped_process_is_found_killed_and_replaced(started, reference, monkeypatch):
-    monkeypatch.setattr("tasks.child.STOPPED_LIMIT", 3.0)
+    monkeypatch.setattr("tasks.watchdog.LEAST", 3.0)
     started.session._child.process.send_signal(signal.SIGSTOP)
-    with pytest.raises(TrainerHungError, match="no sign of life") as hung:
+    with pytest.raises(TrainerHungError, match="a signal stopped it") as hung:
         started.session.train_until(2)
     assert hung.value.retryable
     started.session.train_until(2)

@@ -11,6 +11,7 @@ from tests.trainer.lives import digests, stable_rows
 from trainer import manifest, rows
 from trainer.assemble import TrainingConfig, assemble
 from trainer.errors import CheckpointError, ConfigError, DataError, StoppedError
+from trainer.progress import Progress
 from trainer.run import add_bits_per_byte
 from trainer.rundir import RunDir
 
@@ -72,7 +73,11 @@ def test_what_was_trained_after_the_last_commit_leaves_no_row_behind(life, whole
 
 def test_a_stop_is_obeyed_after_the_step_with_a_commit_and_costs_no_bits(life, whole, tmp_path):
     asked = []
-    run = life(tmp_path / "stopped", should_stop=lambda: bool(asked), on_step=lambda step: asked.append(1) if step == 2 else None)
+    run = life(
+        tmp_path / "stopped",
+        should_stop=lambda: bool(asked),
+        progress=Progress(on_step=lambda step: asked.append(1) if step == 2 else None),
+    )
     run.open()
     with pytest.raises(StoppedError) as stopped:
         run.train_until(6)
@@ -104,7 +109,7 @@ def test_two_steps_per_dispatch_train_the_bits_of_single_steps_and_stop_at_a_bor
     single.train_until(6)
     single.close()
     asked = []
-    run = life(tmp_path / "pairs", *PAIRS, should_stop=lambda: bool(asked), on_step=asked.append)
+    run = life(tmp_path / "pairs", *PAIRS, should_stop=lambda: bool(asked), progress=Progress(on_step=asked.append))
     run.open()
     with pytest.raises(StoppedError) as stopped:
         run.train_until(6)
