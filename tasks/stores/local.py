@@ -35,7 +35,8 @@ class LocalStore:
         part = self.checkpoints / f"{PART}{target.name}"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(part, ignore_errors=True)
+            for left in self.checkpoints.glob(f"{PART}*"):  # by what was killed
+                shutil.rmtree(left, ignore_errors=True)
             shutil.copytree(checkpoint, part)
             fsync_tree(part)
             if wrong := manifest.problems(part, step):
