@@ -16,6 +16,7 @@ import numpy as np
 from .params import flatten
 
 Array = jax.Array
+NO_STEP = np.finfo(np.float32).min  # the last value of a window that holds no step: no mean comes to it
 POSTFIX = {"mean": "_mean", "mean_nopostfix": "", "single": "_single", "max": "_max", "min": "_min", "std": "_std", "sum": "_sum"}
 
 
@@ -159,7 +160,7 @@ def window_of(step: Mapping[str, Any]) -> Window:
 
 def identity(like: Window) -> Window:
     """The window that holds no step, with the metrics of `like` (of arrays or shapes)."""
-    start = {"max": -np.inf, "min": np.inf, "single": np.nan}  # of no step there is no last one
+    start = {"max": -np.inf, "min": np.inf, "single": NO_STEP}
     names = jax.tree.unflatten(like.layout, range(like.layout.num_leaves))
     filled = {
         k: {part: jax.tree.map(lambda _, p=part: np.float32(start.get(p, 0.0)), v) for part, v in w.items()} for k, w in names.items()
@@ -178,7 +179,8 @@ def merge(a: Window | None, b: Window) -> Window:
             if sums in x:
                 w[sums] = add(x[sums], y[sums])
         if "single" in x:
-            w["single"] = y["single"]
+            # Not NaN, which a last value may well be, and which should then be seen.
+            w["single"] = _numpy_of(x["single"]).where(y["single"] == NO_STEP, x["single"], y["single"])
         if "max" in x:
             w["max"] = _numpy_of(x["max"]).maximum(x["max"], y["max"])
         if "min" in x:
@@ -212,6 +214,6 @@ def compute(window: Window) -> dict[str, float]:
                 steps = _number(w["steps"])
                 value = float(np.sqrt(np.float64(w["spread"]) / steps)) if steps else float("nan")
             else:
-                value = float(w[mode])
+                value = float(w[mode]) if w[mode] != NO_STEP else float("nan")
             out[key + POSTFIX[mode]] = value
     return out

@@ -50,6 +50,15 @@ def test_any_grouping_of_steps_gives_what_numpy_gives(steps, seed):
         assert got[key] == pytest.approx(value, rel=1e-5, abs=1e-3), key
 
 
+def test_the_last_value_stays_where_nothing_follows_it_and_one_that_is_nan_is_seen():
+    first, spoilt = window([2.0, np.nan], [1, 1], ("single",))
+    nothing = metrics.identity(first)
+    for parts, found in [((first, nothing), 2.0), ((nothing, first), 2.0), ((first, spoilt), np.nan), ((nothing, nothing), np.nan)]:
+        for host in (lambda w: w, metrics.Window.on_host):
+            merged = metrics.merge(*map(host, parts))
+            np.testing.assert_equal(metrics.compute(merged.on_host()), {"x_single": found})
+
+
 @pytest.mark.fault(1)
 def test_the_maximum_of_negative_values_is_negative():
     assert fold(window([-3, -2, -5], [1, 1, 1]), np.random.default_rng(0))["x_max"] == -2
@@ -93,7 +102,7 @@ def test_any_cut_into_microbatches_steps_and_lives_gives_what_numpy_gives_for_th
 
     windows = [metrics.window_of(join((parsed(*m) for m in step), metrics.merge_batch)) for step in steps]
     for _ in range(rng.integers(3)):  # a life that began or ended here
-        windows.insert(rng.integers(len(windows)), metrics.identity(windows[0]))
+        windows.insert(rng.integers(len(windows) + 1), metrics.identity(windows[0]))
     got = metrics.compute(jax.device_get(join(windows, metrics.merge)))
     values, counts = (np.array([sum(m[i] for m in step) for step in steps], np.float64) for i in (0, 1))
     peaks = [m[2] for step in steps for m in step]
