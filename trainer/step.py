@@ -5,7 +5,7 @@ and `ok` says so. Logged and unlogged steps are the same program; the logging wi
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -204,13 +204,13 @@ def make_eval_step(loss: LossFunction, apply: Callable, config: TrainerConfig) -
     return eval_step
 
 
-def _plain(found: dict[str, Any]) -> dict[str, Any]:
+def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
     """Every metric as its mean, save for sums, which stay sums."""
 
     def modes(entry: Any) -> Sequence[str]:
-        return ("sum",) if isinstance(entry, dict) and "sum" in entry.get("log_modes", ()) else ("mean_nopostfix",)
+        return ("sum",) if isinstance(entry, Mapping) and "sum" in entry.get("log_modes", ()) else ("mean_nopostfix",)
 
-    return {k: {**(e if isinstance(e, dict) else {"value": e}), "log_modes": modes(e)} for k, e in found.items()}
+    return {k: {**(e if isinstance(e, Mapping) else {"value": e}), "log_modes": modes(e)} for k, e in found.items()}
 
 
 def empty_window(step: Callable, *before: Any, batch: Any) -> m.Window:

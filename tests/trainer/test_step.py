@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,19 @@ def test_training_learns_and_evaluation_weighs_by_tokens():
 def test_an_evaluation_of_nothing_is_an_error():
     with pytest.raises(DataError, match="no batch"):
         evaluate(lambda *_: None, fresh(), [], empty={})
+
+
+def test_metrics_that_are_mappings_of_another_kind_than_dictionaries_are_evaluated_as_those_are():
+    def frozen(params, apply_fn, batch, rng, train):
+        loss, (found, mutable) = LOSS(params, apply_fn, batch, rng, train)
+        return loss, (MappingProxyType({k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in found.items()}), mutable)
+
+    state = fresh()
+    found = []
+    for loss in (LOSS, frozen):
+        step = make_eval_step(loss, MODEL.apply, TrainerConfig())
+        found.append(evaluate(step, state, [batch_of(0)], empty=empty_window(step, state.params, state.mutable, batch=batch_of(0))))
+    assert found[0] == found[1] and "tokens_sum" in found[0]
 
 
 def test_norms_of_each_parameter_are_those_of_the_row_s_own_step_and_cost_nothing_at_the_others():
