@@ -143,7 +143,7 @@ def plan(config: RunConfig, run_dir: Path | None, *, memory: bool = False) -> di
 
     set_up_jax(numerics=config.execution.numerics)
     trainer = assemble(TrainingConfig.model_validate(training_config(config)))
-    sizes = _bytes(trainer.shapes)
+    sizes, used = _bytes(trainer.shapes), step_memory(trainer) if memory else None
     start = newest.step if newest else 0
     tokens = config.data.batch_size * config.data.seq_len
     left = [e for e in chunk_ends(config) if e > start]
@@ -154,7 +154,7 @@ def plan(config: RunConfig, run_dir: Path | None, *, memory: bool = False) -> di
         "parameters": trainer.get_num_params(),
         "devices": len(trainer.mesh.devices.ravel()),
         "state_bytes_per_device": sizes[1],
-        **({"step_bytes_per_device": step_memory(trainer)["peak"]} if memory else {}),
+        **({"step_bytes_per_device": used["peak"]} if used else {}),
         "tokens_per_step": tokens,
         "tokens_left": tokens * (config.num_steps - start),
         "disk_bytes": sizes[0] * (config.checkpoint.keep_latest + 1) * (2 if config.publish.kind == "local" else 1),

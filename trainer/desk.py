@@ -103,7 +103,7 @@ class Desk:
 
         t = self._trainer
         if name == "step_memory":
-            return None if t.trainer_config.debug else memory.step_memory(t)
+            return memory.step_memory(t)
         assert name == "decays", name
         return params.flatten(t.optimizer.decays(t.shapes.params)) if t.optimizer.decays else None
 

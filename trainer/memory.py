@@ -28,12 +28,15 @@ def step_arguments(trainer: "TrainerModule") -> tuple[Any, Any, Any, Any]:
     return trainer.shapes, trainer.window_shapes, batch, on(np.array(True), replicated(trainer.mesh))
 
 
-def step_memory(trainer: "TrainerModule") -> dict[str, int]:
+def step_memory(trainer: "TrainerModule") -> dict[str, int] | None:
     """Bytes on each device: `arguments` (state, batch), `outputs`, of which `aliased` lie where arguments did, `temporaries`, `peak`.
 
-    `peak` is what must be free: arguments, temporaries, and outputs that have no place yet. Compiles the step.
+    `peak` is what must be free: arguments, temporaries, and outputs that have no place yet. Compiles the step. None where there is
+    no program to be asked: `debug` compiles none, nor may a step of a trainer's own.
     """
     step: Any = trainer.train_step
+    if not hasattr(step, "lower"):
+        return None
     used = step.lower(*step_arguments(trainer)).compile().memory_analysis()
     found = {
         "arguments": used.argument_size_in_bytes,

@@ -129,6 +129,13 @@ def test_the_memory_of_a_step_is_that_of_its_state_once_and_compiling_for_it_is_
     assert compiled == []
 
 
+def test_the_memory_of_a_step_that_is_no_compiled_program_is_not_known():
+    assert step_memory(make_trainer({}, debug=True)) is None
+    trainer = make_trainer({})
+    trainer.train_step = functools.partial(trainer.train_step)  # no jitted function, as a trainer of one's own may have it
+    assert step_memory(trainer) is None
+
+
 def test_the_summary_says_of_each_parameter_whether_it_decays_and_what_a_step_takes(caplog):
     trainer = make_trainer({}, callbacks=(SummaryConfig(),), check_val_every_n_epoch=-1)
     with caplog.at_level(logging.INFO, logger="trainer.callbacks.summary"):
