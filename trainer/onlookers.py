@@ -49,6 +49,7 @@ class Onlookers:
         t.on_training_start()
         self._desk.take_save()  # it stands
         if row := find(self.run_dir.metrics, "val", t.global_step):
+            self.evaluating("val", t.global_step)
             self.evaluated("val", t.global_step, row)
 
     def wants(self, step: int, *, row: bool) -> bool:

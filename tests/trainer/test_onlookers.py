@@ -151,8 +151,17 @@ def test_hooks_of_a_trainer_of_ones_own_are_called_in_a_run(life, tmp_path):
     run.evaluate(6, "test", row=6)
     run.conclude()
     run.close()
-    assert run.trainer.heard == ["start", "val 0", "val 6", "end", "test"]
-    assert stable_rows(tmp_path / "run")["val", 6]["heard"] == 3, "and what they add is in the row"
+    assert run.trainer.heard == ["start", "to val 0", "val 0", "to val 6", "val 6", "end", "test"]
+    assert stable_rows(tmp_path / "run")["val", 6]["heard"] == 5, "and what they add is in the row"
+
+
+def test_a_life_that_hears_of_a_validation_before_it_hears_of_its_start_too(life, tmp_path):
+    for _ in range(2):
+        run = life(tmp_path / "run", "trainer.kind=tests.trainer.test_onlookers:Listening")
+        run.open()
+        run.evaluate(0, "val")
+        run.close()
+    assert run.trainer.heard == ["start", "to val 0", "val 0"]
 
 
 def test_loggers_have_every_committed_row_once_however_the_run_is_cut(life, tmp_path):
@@ -291,6 +300,9 @@ def make_listening():
 
         def on_training_end(self):
             self.heard.append("end")
+
+        def on_validation_epoch_start(self, epoch_idx, step_idx):
+            self.heard.append(f"to val {step_idx}")
 
         def on_validation_epoch_end(self, eval_metrics, epoch_idx, step_idx):
             self.heard.append(f"val {step_idx}")
