@@ -9,25 +9,34 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .files import write_atomic
 from .loggers.base import Logger
 from .rows import values_of
-from .rundir import RunDir, read_lines
+from .rundir import RunDir, lines_after, read_lines
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """How far a logger is: it has the first `rows` rows, the last of them of `step`; `giving_from` is the step it is being given."""
+    """How far a logger is: the row (split, step) is the last that it has; `giving_from` is the step it is being given.
 
-    rows: int = 0
+    Rows are known by their names and not by their number: of those it has, any may be damaged, and so be no row any more.
+    """
+
+    split: str | None = None
     step: int = -1
     giving_from: int | None = None
+
+    @classmethod
+    def read(cls, place: Path) -> "Mark":
+        """That of a file; where there is none, of a logger that has nothing."""
+        found: dict[str, Any] = next(read_lines(place), {})
+        return cls(found.get("split"), found.get("step", -1), found.get("giving_from"))
 
 
 class Follower:
@@ -45,14 +54,10 @@ class Follower:
 
     def start(self, step: int, info: Mapping[str, Any]) -> None:
         """Start the logger where it stands, taking back what is no row of the run any more; then give it all up to `step`."""
-        found = next((Mark(**record) for record in read_lines(self.place)), Mark())
-        if found.giving_from is None:
-            have = [at for at, _ in zip(self._rows(), range(found.rows), strict=False)]
-        else:
-            have = [at for at in self._rows() if at[0]["step"] < found.giving_from]
-        last = have[-1][0]["step"] if have else -1
-        self._offset = have[-1][1] if have else 0
-        self._mark = Mark(len(have), last)
+        have = _had(list(self._rows()), Mark.read(self.place))
+        row, self._offset = have[-1] if have else ({}, 0)
+        last = row.get("step", -1)
+        self._mark = Mark(row.get("split"), last)
         self.logger.start(last, info)
         self._works = True
         self.give(step)
@@ -62,7 +67,7 @@ class Follower:
         new = [at for at in self._rows() if at[0]["step"] <= committed]
         if not new or not self._works:
             return
-        self._note(Mark(self._mark.rows, self._mark.step, giving_from=new[0][0]["step"]))
+        self._note(replace(self._mark, giving_from=new[0][0]["step"]))
         try:
             for row, _ in new:
                 self.logger.row(row["split"], row["step"], values_of(row))
@@ -70,8 +75,8 @@ class Follower:
             self._works = False
             log.exception("%s takes no more rows in this life; the next one gives it what it missed", type(self.logger).__name__)
             return
-        self._offset = new[-1][1]
-        self._note(Mark(self._mark.rows + len(new), new[-1][0]["step"]))
+        row, self._offset = new[-1]
+        self._note(Mark(row["split"], row["step"]))
 
     def finalize(self, status: str) -> None:
         """The end of a life."""
@@ -79,18 +84,22 @@ class Follower:
 
     def _rows(self) -> Iterator[tuple[dict[str, Any], int]]:
         """The rows after those that the logger has, each with the place in the file where it ends."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as f:
-            f.seek(self._offset)
-            for line in f:
-                if line.endswith(b"\n"):
-                    yield json.loads(line), f.tell()
+        return (at for at in lines_after(self.path, self._offset) if "step" in at[0] and "split" in at[0])
 
     def _note(self, mark: Mark) -> None:
         self._mark = mark
         self.place.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.place, json.dumps(asdict(mark)).encode() + b"\n")
+
+
+def _had(rows: list[tuple[dict[str, Any], int]], mark: Mark) -> list[tuple[dict[str, Any], int]]:
+    """Those of all rows that a logger with this mark is left with: what it may have of the step it is to go on in, it is given anew."""
+    if mark.giving_from is None:
+        for number, (row, _) in enumerate(rows, 1):
+            if (row["split"], row["step"]) == (mark.split, mark.step):
+                return rows[:number]
+    before = mark.step if mark.giving_from is None else mark.giving_from
+    return [at for at in rows if at[0]["step"] < before]
 
 
 def followers(loggers: Sequence[Logger], run_dir: RunDir) -> list[Follower]:

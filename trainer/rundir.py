@@ -69,6 +69,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     yield from (row for line in data.split(b"\n") if (row := _parse(line)) is not None)
 
 
+def lines_after(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The JSON objects of whole lines from byte `offset` on, each with where its line ends; without those that cannot be read."""
+    if not path.exists():
+        return
+    with open(path, "rb") as f:
+        f.seek(offset)
+        for line in f:
+            if line.endswith(b"\n") and (row := _parse(line)) is not None:
+                yield row, f.tell()
+
+
 def damaged_lines(path: Path) -> list[int]:
     """The numbers, from 1, of lines that cannot be read though a line end follows: a crash only tears the last."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []

@@ -276,6 +276,34 @@ def test_after_any_failures_and_deaths_a_logger_has_the_rows_of_the_run_in_their
     assert table.rows == [(r["split"], r["step"]) for r in rows.read(path)]
 
 
+@pytest.mark.parametrize("damaged", [1, 2, 4])
+def test_a_row_that_is_damaged_is_no_reason_to_miss_another_or_to_be_given_one_twice(tmp_path, damaged):
+    path, table, written = tmp_path / "metrics.jsonl", Table(), rows.Rows(tmp_path / "metrics.jsonl")
+
+    def begin(step):
+        follower = Follower(table, path, tmp_path / "logs" / "table.json")
+        follower.start(step, {})
+        return follower
+
+    def train(*steps):
+        for step in steps:
+            written.append("train", step, {"loss": 1.0})
+
+    train(1, 2, 3, 4)
+    begin(4)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[damaged - 1] = b"\xff" + lines[damaged - 1]
+    path.write_bytes(b"".join(lines))
+    train(5)
+    begin(5)  # the damage is in the middle now: lines that cannot be read are passed over
+    written.cut(5)
+    train(6)
+    begin(6)
+    kept = [step for step in range(1, 7) if step != damaged]
+    assert [step for _, step in table.rows if step != damaged] == kept
+    assert table.rows.count(("train", damaged)) <= 1
+
+
 def test_a_logger_that_is_added_to_a_run_is_given_its_history(life, tmp_path):
     run = life(tmp_path / "run")
     run.open()
@@ -286,7 +314,7 @@ def test_a_logger_that_is_added_to_a_run_is_given_its_history(life, tmp_path):
     run.close()
     with open(tmp_path / "run" / "metrics-train.csv") as f:
         assert [row["step"] for row in csv.DictReader(f)] == ["3"]
-    assert next(iter(read_lines(tmp_path / "run" / "logs" / "rows-CsvLogger-0.json")))["rows"] == 1
+    assert next(iter(read_lines(tmp_path / "run" / "logs" / "rows-CsvLogger-0.json")))["step"] == 3
 
 
 def make_listening():
