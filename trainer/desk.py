@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from . import metrics, rows
+from . import manifest, metrics, rows
 from .callbacks.base import Answer, Callback, Moment
 from .callbacks.checkpointing import CheckpointCallbackConfig
 from .errors import ConfigError
@@ -69,9 +69,11 @@ class Desk:
         self._placed: list[int] = []  # ids of loaders that were put to their places
         self._saved: int | None = None
 
-    def begin(self, loaders: Mapping[str, Any]) -> None:
-        """Start a `train_model` call."""
+    def begin(self, loaders: Mapping[str, Any], *, total: int) -> None:
+        """Start a `train_model` call that trains to step `total`. Raises ConfigError where its checkpoints could not be saved."""
         self.forget()
+        if self.saves and self._trainer.global_step < total:
+            self._see_that_steps_are_free()
         from .restore import write_hyperparameters
 
         self._loaders = loaders
@@ -83,7 +85,7 @@ class Desk:
 
     def forget(self) -> None:
         """Nothing that callbacks asked for in an earlier training is in the way."""
-        self.stop_reason, self._save_asked = None, False
+        self.stop_reason, self._save_asked, self._saved = None, False, None
 
     def reset_windows(self) -> None:
         """Windows that hold no step."""
@@ -222,6 +224,16 @@ class Desk:
         self._saved = t.global_step
         best = best_step(self.val_rows, self.checkpoints)
         self.store.remove(steps_to_delete(self.store.steps(), best=best, unpublished=(), config=self.checkpoints))
+
+    def _see_that_steps_are_free(self) -> None:
+        """Checkpoints of later steps are of another course of the training, whose own would be mixed with them, or not saved at all."""
+        at, there = self._trainer.global_step, self.store.steps()
+        if there and there[-1] > at:
+            later = [manifest.name_of(step) for step in there if step > at]
+            raise ConfigError(
+                f"training would begin at step {at}, but {self.store.root} has checkpoints of later steps ({', '.join(later)}); call "
+                "load_model() to go on from the newest, move those away, or set another logger.path"
+            )
 
     def _meta(self) -> dict[str, Any]:
         from .feed import has_state

@@ -93,7 +93,7 @@ def fit(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: 
     results: dict[str, dict[str, Any]] = {}
     loaders = {"train": train_loader, "val": val_loader, "test": test_loader}
     try:
-        desk.begin(loaders)
+        desk.begin(loaders, total=plan.total)
         epochs = plan.total // plan.per_epoch if plan.per_epoch else None
         trainer.log_training_info(epochs, plan.total, plan.per_epoch, train_loader, val_loader, test_loader)
         trainer.on_training_start()

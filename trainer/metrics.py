@@ -16,7 +16,7 @@ import numpy as np
 from .params import flatten
 
 Array = jax.Array
-NO_STEP = np.finfo(np.float32).min  # the last value of a window that holds no step: no mean comes to it
+NO_STEP = float(np.finfo(np.float32).min)  # the last value of a window that holds no step: no mean comes to it
 POSTFIX = {"mean": "_mean", "mean_nopostfix": "", "single": "_single", "max": "_max", "min": "_min", "std": "_std", "sum": "_sum"}
 
 

@@ -480,6 +480,21 @@ def test_once_a_training_is_over_its_trainer_evaluates_for_the_caller_alone(tmp_
     assert rows(tmp_path) == before
 
 
+def test_a_step_that_is_trained_again_is_saved_again_and_never_beside_later_ones_of_another_course(tmp_path):
+    trainer = saving(tmp_path)
+    trainer.train_model(DATA, None, num_train_steps=8)
+    trainer.load_model(4)
+    with pytest.raises(ConfigError, match=r"begin at step 4, but .* later steps \(00000008\); call load_model\(\)"):
+        trainer.train_model(DATA[::-1], None, num_train_steps=8)
+    (tmp_path / "checkpoints" / "00000008").rename(tmp_path / "moved")
+    trainer.train_model(DATA[::-1], None, num_train_steps=8)
+    state = trainer.state
+    assert saving(tmp_path).load_model() == 8
+    again = saving(tmp_path)
+    again.load_model()
+    assert equal(again.state, state)
+
+
 def test_where_a_callback_ends_training_its_last_state_is_kept_as_at_any_end(tmp_path):
     from trainer.callbacks import EarlyStoppingConfig
 
