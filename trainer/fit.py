@@ -17,6 +17,7 @@ from . import contract
 from .dispatch import misfit
 from .errors import ConfigError, DivergedError
 from .feed import Feed, length
+from .optimizers.schedule import ScheduleConfig
 from .params import count
 from .throughput import stopwatch
 
@@ -82,9 +83,20 @@ def make_plan(trainer: "TrainerModule", loader: Any, *, num_epochs: int | None, 
         "trainer.logger.log_every_n_steps": log_every,
         "trainer.check_val_every_n_steps": max(0, c.check_val_every_n_steps),
     }
-    if problem := misfit(c.steps_per_dispatch, borders):
+    if problem := misfit(c.steps_per_dispatch, borders) or outgrown(trainer, total):
         raise ConfigError(problem)
     return Plan(total, per_epoch, log_every, max(0, c.check_val_every_n_steps), max(0, c.check_val_every_n_epoch))
+
+
+def outgrown(trainer: "TrainerModule", step: int) -> str | None:
+    """Why the learning rates up to `step` would not be what is meant: the schedule ends before, with a length that nobody gave."""
+    schedule = trainer.optimizer_config.get("schedule")
+    if not (isinstance(schedule, ScheduleConfig) and schedule.depends_on_num_steps and step > trainer.num_steps):
+        return None
+    return (
+        f"the {schedule.kind} schedule ends with the run, and the trainer was made for num_steps={trainer.num_steps}, but is to train to "
+        f"step {step}; make it with num_steps={step}, or set optimizer.schedule.decay_steps"
+    )
 
 
 def fit(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: Any, test_loader: Any) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,8 @@ class TrainerModule(Hooks):
     """Trains one model on one mesh.
 
     `batch` is an example batch: a tree of arrays or of `jax.ShapeDtypeStruct` with the global batch as first dim. What is
-    minimised is `objective.loss`, or an overridden `loss_function`. `num_steps` is for schedules that end with the run.
+    minimised is `objective.loss`, or an overridden `loss_function`. `num_steps` is the length of schedules that end with the run,
+    which is then trained no further.
     Raises ConfigError where batch, mesh and microbatches, or steps per dispatch and callbacks, do not fit.
     """
 
@@ -276,13 +277,13 @@ class TrainerModule(Hooks):
 
         `window` is the open logging window (None: one of no step), which ends where `closes` says; nothing is in flight after
         `step` and the steps that `pause` names. `train_model` and the pipeline train by this. Raises DivergedError; DataError
-        where there are too few batches; ConfigError where steps are dispatched by several and these do not fit.
+        where there are too few batches; ConfigError where steps are dispatched by several and these do not fit, or where the
+        schedule depends on `num_steps` and `step` is beyond it.
         """
-        if problem := misfit(
-            self.trainer_config.steps_per_dispatch, {"the step to go on from": self.global_step, "the step to reach": step}
-        ):
+        c, borders = self.trainer_config, {"the step to go on from": self.global_step, "the step to reach": step}
+        if problem := misfit(c.steps_per_dispatch, borders) or fit.outgrown(self, step):
             raise ConfigError(problem)
-        c, opened = self.trainer_config, self.init_train_metrics() if window is None else window
+        opened = self.init_train_metrics() if window is None else window
         for record in loop.train(
             self.train_step,
             self.state,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.toy import Regression, make_data, make_trainer
-from trainer import LoggerConfig
+from trainer import LoggerConfig, fit
 from trainer.callbacks import CheckpointCallbackConfig
 from trainer.checkpoint import verify
 from trainer.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -493,6 +493,24 @@ def test_a_step_that_is_trained_again_is_saved_again_and_never_beside_later_ones
     again = saving(tmp_path)
     again.load_model()
     assert equal(again.state, state)
+
+
+def test_a_schedule_that_ends_with_the_run_is_not_outlived_unseen():
+    from trainer.optimizers import AdamWConfig, ScheduleConfig
+
+    base = make_trainer()
+
+    def trainer(**kind):
+        return Regression(base.trainer_config, base.model_config, AdamWConfig(schedule=ScheduleConfig(**kind)), base.exmp_batch)
+
+    with pytest.raises(ConfigError, match=r"cosine schedule .* num_steps=1, but is to train to step 8; make it with num_steps=8"):
+        trainer(kind="cosine").train_model(DATA, None, num_epochs=1)
+    with pytest.raises(ConfigError, match="num_steps=1, but is to train to step 2"):
+        next(trainer(kind="cosine").train_until(2, DATA))
+    for free in (trainer(kind="inverse_sqrt"), trainer(kind="cosine", decay_steps=4)):
+        assert not fit.outgrown(free, 100)
+    fitting = Regression(base.trainer_config, base.model_config, AdamWConfig(), base.exmp_batch, num_steps=2)
+    assert not fit.outgrown(fitting, 1) and not fit.outgrown(fitting, 2), "less far is a stop on the way"
 
 
 def test_where_a_callback_ends_training_its_last_state_is_kept_as_at_any_end(tmp_path):
