@@ -22,7 +22,7 @@ from .errors import CheckpointError, DamagedError
 from .files import fsync
 from .manifest import DIGITS, Commit, name_of, steps_in
 from .params import digest as sha256_of
-from .params import flatten, nested, unflatten
+from .params import flatten, nested, paths, unflatten
 from .state import TrainState
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             params=ocp.args.PyTreeSave(state.params),
             train=ocp.args.PyTreeSave({**train, **held}),
-            meta=ocp.args.JsonSave({"step": step, "extra": sorted(held), "device_digest": digests, **meta}),
+            meta=ocp.args.JsonSave({"step": step, "extra": paths(extra), "device_digest": digests, **meta}),
         )
         if not self._manager.save(step, args=args):
             newest = max(self.steps(), default=None)
@@ -103,18 +103,18 @@ class Checkpoints:
         """
         self._check(step)
         like = _train_arrays(state, window)
-        saved = json.loads((self.root / name_of(step) / "meta" / "metadata").read_text()).get("extra", [])
+        saved = _paths_of_extra(json.loads((self.root / name_of(step) / "meta" / "metadata").read_text()))
         train = _restore_args(like)
         train.restore_args.update({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in saved})
         found = self._manager.restore(
             step, args=ocp.args.Composite(params=_restore_args(state.params), train=train, meta=ocp.args.JsonRestore())
         )
-        extra = {path: found.train.pop(path) for path in saved}
+        extra = {path: found.train.pop(path) for path in saved}  # a name may have a dot: a path alone does not say how they are nested
         _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(found.params, "params"), **found.train})
         params, flat = owned((found.params, found.train))
         self._check_digests(step, found.meta.get("device_digest", {}), {**flatten(params, "params"), **flat, **extra})
         new = TrainState(flat["step"], params, unflatten(state.opt_state, flat, "opt_state"), unflatten(state.mutable, flat, "mutable"))
-        return Restored(new, unflatten(window, flat, "window"), found.meta, nested(extra).get("extra", {}))
+        return Restored(new, unflatten(window, flat, "window"), found.meta, nested((saved[path], x) for path, x in extra.items()))
 
     def remove(self, steps: list[int]) -> None:
         """Delete checkpoints that nothing keeps."""
@@ -191,6 +191,12 @@ def _train_arrays(state: TrainState, window: Any) -> dict[str, Any]:
         **flatten(state.mutable, "mutable"),
         **flatten(window, "window"),
     }
+
+
+def _paths_of_extra(meta: dict[str, Any]) -> dict[str, list[str]]:
+    """{dotted path: names on it} of what callbacks kept; older checkpoints have the dotted paths alone."""
+    found = (names.split(".")[1:] if isinstance(names, str) else names for names in meta.get("extra", []))
+    return {f"extra.{'.'.join(names)}".strip("."): names for names in found}
 
 
 def _restore_args(like: Any) -> ocp.args.PyTreeRestore:

@@ -155,6 +155,7 @@ class TrainerModule(Hooks):
     def shapes(self) -> TrainState:
         """The state as shapes with shardings; nothing is allocated."""
         shapes = jax.eval_shape(self._init)
+        params.flatten(shapes)  # what cannot be named in a checkpoint is refused before it is trained
         inputs, small = self.inputs(self.exmp_batch), self.mesh_config.fsdp_min_size
         shardings = state_shardings(self.mesh, shapes, self.model, inputs, optimizer=self.optimizer, fsdp_min_size=small)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -5,13 +5,20 @@ every file layout: two runs have equal weights exactly where their digests are e
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from .errors import ConfigError
+
+
+def names(path: tuple) -> list[str]:
+    """`["block_0", "mlp", "up"]` for the key path of a leaf, as jax.tree_util gives it."""
+    return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
 
 
 def dotted_name(path: tuple) -> str:
-    """`block_0.mlp.up` for the key path of a leaf, as jax.tree_util gives it."""
-    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    """`block_0.mlp.up` for the same."""
+    return ".".join(names(path))
 
 
 def dotted_paths(tree: Any) -> Any:
@@ -22,12 +29,18 @@ def dotted_paths(tree: Any) -> Any:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted path: leaf} in the tree's order; `prefix` goes before each path."""
+    """{dotted path: leaf} in the tree's order; `prefix` goes before each path.
+
+    Raises ConfigError where two leaves have one path, as {"a.b": x} and {"a": {"b": y}} have.
+    """
     import jax
 
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    named = {f"{prefix}.{dotted_name(p)}".strip("."): x for p, x in flat}
-    assert len(named) == len(flat), "two leaves have one dotted path"
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = f"{prefix}.{dotted_name(path)}".strip(".")
+        if name in named:
+            raise ConfigError(f"two arrays are both called {name!r}, for a name in their paths has a dot; rename one of them")
+        named[name] = leaf
     return named
 
 
@@ -38,11 +51,17 @@ def unflatten(like: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
     return jax.tree_util.tree_map_with_path(lambda p, _: flat[f"{prefix}.{dotted_name(p)}".strip(".")], like)
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{dotted path: leaf} as nested dictionaries."""
+def paths(tree: Any) -> list[list[str]]:
+    """For each leaf, in the order of `flatten`, the names on its path: what `nested` needs where a name may have a dot."""
+    import jax
+
+    return [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def nested(leaves: Iterable[tuple[Sequence[str], Any]]) -> dict[str, Any]:
+    """(names on the path, leaf) as nested dictionaries."""
     out: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split(".")
+    for (*parents, name), leaf in leaves:
         place = out
         for parent in parents:
             place = place.setdefault(parent, {})

@@ -14,8 +14,9 @@ import pytest
 
 from trainer import checkpoint, manifest, metrics
 from trainer.checkpoint import Checkpoints, verify
-from trainer.errors import CheckpointError, DamagedError
+from trainer.errors import CheckpointError, ConfigError, DamagedError
 from trainer.manifest import name_of
+from trainer.params import flatten
 from trainer.state import TrainState
 
 
@@ -119,6 +120,23 @@ def test_what_callbacks_keep_comes_back_as_it_was_and_counts_in_the_state_digest
         store.close()
         digests.add(verify(tmp_path / str(value))[0]["state_sha256"])
     assert len(digests) == 2
+
+
+def test_names_with_dots_come_back_as_they_were_and_two_arrays_of_one_name_are_refused(tmp_path):
+    dotted = TrainState(
+        jnp.asarray(5, jnp.int32), {"a.b": {"c.": jnp.ones(3)}, "d": jnp.zeros(2)}, {"count.": jnp.arange(2)}, {"x.y": jnp.arange(3.0)}
+    )
+    extra = {"Mine-0": {"block.0": {"w": np.arange(4)}, "block": {"0": {"v": np.arange(5)}}, "n": np.ones(1)}}
+    store = Checkpoints(tmp_path)
+    store.save(dotted, window_at(5), {}, extra)
+    store.finish()
+    found = store.restore(5, jax.tree.map(jnp.zeros_like, dotted), window_at(0))
+    assert jax.tree.structure(found.extra) == jax.tree.structure(extra) and equal(found.extra, extra)
+    assert jax.tree.structure(found.state) == jax.tree.structure(dotted) and equal(found.state, dotted)
+    assert equal(checkpoint.read_state(tmp_path, 5, dotted), dotted)
+    store.close()
+    with pytest.raises(ConfigError, match=r"two arrays are both called 'params.a.b'"):
+        flatten({"a.b": 1, "a": {"b": 2}}, "params")
 
 
 def test_other_shapes_and_dtypes_are_refused_not_cast(good):
