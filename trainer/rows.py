@@ -73,6 +73,13 @@ class Rows:
         if data != self.path.read_bytes():
             write_atomic(self.path, data)
 
+    def drop(self, step: int, *splits: str) -> None:
+        """Drop the rows of one step and these splits."""
+        found = read(self.path)
+        kept = [row for row in found if row["step"] != step or row["split"] not in splits]
+        if len(kept) < len(found):
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
 
 def is_volatile(name: str) -> bool:
     """Whether a value of this name may differ between two runs that are otherwise equal."""

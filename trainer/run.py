@@ -63,7 +63,7 @@ class Run:
         self.rows = Rows(run_dir.metrics)
         self.store = Checkpoints(run_dir.path, device_digest=config.checkpoint.device_digest)
         self.fingerprint = fingerprint(trainer.mesh) | trainer.mesh_config.dtypes()
-        self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else config.num_steps
+        self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else None  # None: one row, at the end
         self.window: Any = None
         self._committed = -1
         self._stopwatch: Stopwatch | None = None
@@ -227,6 +227,8 @@ class Run:
         self.onlookers.set_state(found.extra, stop_reason=meta.get("stop"))
         self.loader.set_state(meta["loader"]["train"])
         self.rows.cut(step)
+        if meta.get("cut_short") and step != self.config.num_steps:
+            self.rows.drop(step, "train")  # the end is the end no more, and the window goes on
         self.run_dir.event("restored", step=step, seconds=round(time.monotonic() - began, 3))
         log.info("restored step %d in %.1f s", step, time.monotonic() - began)
 
@@ -242,10 +244,12 @@ class Run:
         log.warning("the environment changed since step %d, so bits may differ from here on: %s", step, "; ".join(changed))
 
     def _commit(self) -> Commit:
-        began = time.monotonic()
+        began, step = time.monotonic(), self.step
         with self.progress.within("save"):
-            self.rows.sync()
             self.store.save(self.trainer.state, self.window, self._meta(), self.onlookers.get_state())
+            if self._cut_short(step):  # of its row the callbacks learn when their states are taken: if the run goes on, there was none
+                self._write_row(step, self.window.on_host())
+            self.rows.sync()
             commit = self.store.finish()
         self._committed = commit.step
         seconds = time.monotonic() - began
@@ -271,10 +275,15 @@ class Run:
             "data_digest": self.manifest.digest,
             "fingerprint": self.fingerprint,
             "stop": self.onlookers.stop_reason,
+            "cut_short": self._cut_short(self.step),
         }
 
     def _closes(self, step: int) -> bool:
-        return step % self.log_every == 0 or step == self.config.num_steps
+        return self.log_every is not None and step % self.log_every == 0
+
+    def _cut_short(self, step: int) -> bool:
+        """Whether the run's end cuts its last window short: it has a row, and stays open, for num_steps may be raised."""
+        return step == self.config.num_steps and not self._closes(step)
 
     def _take(self, record: loop.Record) -> None:
         """Make a step the newest: its state, and the rows that turned out complete with it."""

@@ -55,6 +55,26 @@ def test_the_last_window_of_a_run_is_a_row_however_short_it_is(life, tmp_path):
     assert found["train", 5]["tokens_sum"] < found["train", 3]["tokens_sum"]
 
 
+@pytest.mark.parametrize("logger", ["trainer.logger.parts=[{kind: csv}]", "trainer.logger=null"])
+def test_a_run_whose_end_is_moved_has_the_rows_and_bits_of_one_that_had_the_later_end_from_the_start(life, tmp_path, logger):
+    schedule = "optimizer.schedule.decay_steps=6"  # which does not depend on the end
+    callbacks = "trainer.callbacks=[{kind: gradient_watcher}]"
+    for place, ends in (("moved", (5, 8)), ("whole", (8,))):
+        for end in ends:
+            run = life(tmp_path / place, schedule, callbacks, logger, f"num_steps={end}")
+            run.open()
+            for step in (5, end):
+                run.train_until(step)
+            run.close()
+            if end == 5:
+                assert rows.find(run.run_dir.metrics, "train", 5), "at the end there is a row, however short its window is"
+    assert stable_rows(tmp_path / "moved") == stable_rows(tmp_path / "whole")
+    assert digests(tmp_path / "moved") == digests(tmp_path / "whole")
+    if "csv" in logger:
+        table = (tmp_path / "moved" / "metrics-train.csv").read_text().splitlines()[1:]
+        assert [line.split(",")[0] for line in table] == ["3", "6", "8"], "and a logger takes back what it was given of the old end"
+
+
 def test_what_was_trained_after_the_last_commit_leaves_no_row_behind(life, whole, tmp_path):
     place = tmp_path / "cut"
     run = life(place)
