@@ -152,6 +152,11 @@ def chunk_ends(config: RunConfig) -> list[int]:
     return [*range(config.chunk_steps, config.num_steps, config.chunk_steps), config.num_steps]
 
 
+def validates(config: RunConfig, end: int) -> bool:
+    """Whether the chunk that ends with this step is validated."""
+    return end == config.num_steps or end % (config.chunk_steps * config.validate_every) == 0
+
+
 def config_digest(config: RunConfig) -> str:
     """SHA-256, in hex, of all that may shape what is trained: the canonical JSON without what is FREE."""
     data = config.to_dict()

@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.context import TagsContext
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from configs.run import RunConfig, chunk_ends, has_onlookers
+from configs.run import RunConfig, chunk_ends, has_onlookers, validates
 from tasks.data import prepare_data
 from tasks.evaluate import test, validate
 from tasks.logs import show_in_run
@@ -48,13 +48,13 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
         uploads.catch_up(ref)
         if ref.step == 0:
             validate(config, ref)  # where learning began
-        for chunk, end in enumerate(chunk_ends(config), 1):
+        for end in chunk_ends(config):
             writer.stops.check()
             if end < ref.step:
                 continue  # done in an earlier life
             if end > ref.step:
                 ref = value_of(train_chunk(config, ref, end))
-            if ref.step == end and (chunk % config.validate_every == 0 or end == config.num_steps):
+            if ref.step == end and validates(config, end):
                 validate(config, ref)
             uploads.submit(ref)
             uploads.look()

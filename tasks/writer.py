@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import read_config, to_json
-from configs.run import RunConfig, config_digest, resume_conflicts
+from configs.run import RunConfig, config_digest, resume_conflicts, validates
 from trainer.errors import ConfigError, RunDirError, describe
 from trainer.files import write_atomic
 from trainer.manifest import NAME, name_of, newest_whole, steps_in
+from trainer.rows import Rows
 from trainer.rundir import EARLY_STOP, RunDir, WriterLock
 
 from .artifacts import Artifacts
@@ -154,9 +155,9 @@ def note_stop(place: RunDir, reason: str) -> None:
 
 def settle_config(place: RunDir, config: RunConfig, *, dry: bool = False) -> None:
     """Make the directory one of a run of `config`, or see that it is one; `dry` only looks. Raises ConfigError with the differences."""
+    newest = newest_step(place)
     if place.config.exists():
         old = read_config(place.config)
-        newest = newest_step(place)
         if newest is not None and newest > config.num_steps:
             raise ConfigError(f"{place.path} is trained to step {newest} already, beyond num_steps {config.num_steps}; raise num_steps")
         # Nothing was trained yet: the config may be corrected.
@@ -173,10 +174,12 @@ def settle_config(place: RunDir, config: RunConfig, *, dry: bool = False) -> Non
     if dry:
         return
     if not place.identity.exists():
-        if newest_step(place) is not None:
+        if newest is not None:
             raise RunDirError(f"{place.identity} is missing, and with it the run's name in its store; bring it back from a published copy")
         identity = f'{{"format": {FORMAT_VERSION}, "run_id": "{secrets.token_hex(8)}"}}\n'
         write_atomic(place.identity, identity.encode())
+    if newest is not None and newest == old.num_steps < config.num_steps:
+        forget_the_end(place, newest, config)
     write_atomic(place.config, to_json(config).encode())  # last: with it the directory is a run
 
 
@@ -186,6 +189,16 @@ def _place_in_data(place: RunDir, step: int) -> int:
         return json.loads((place.checkpoints / name_of(step) / "meta" / "metadata").read_text())["loader"]["train"]["next_index"]
     except (OSError, ValueError, LookupError):
         return sys.maxsize  # damaged: then nothing of the order may change
+
+
+def forget_the_end(place: RunDir, step: int, config: RunConfig) -> None:
+    """Drop the evaluations that a run had only because it ended at `step`, beyond which it now goes on.
+
+    So its rows, and what they say is the best, are those of a run that was to go on from the start. Lost in between, they are made
+    again. The row of a window that was cut short is dropped by whoever holds the window: trainer.run.
+    """
+    splits = ("test",) if validates(config, step) else ("test", "val", "val_ema")
+    Rows(place.metrics).drop(step, *splits)
 
 
 def newest_step(place: RunDir) -> int | None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from configs.execution import ExecutionConfig
 from configs.publish import PublishConfig
-from configs.run import RunConfig, chunk_ends, config_digest, differences, resume_conflicts
+from configs.run import RunConfig, chunk_ends, config_digest, differences, resume_conflicts, validates
 from trainer.config import LoggerConfig, TrainerConfig
 from trainer.mesh import MeshConfig
 from trainer.models import LlamaConfig
@@ -162,6 +162,13 @@ def test_more_steps_are_a_conflict_exactly_where_the_schedule_follows_them():
     steps, decay = resume_conflicts(run(100), run(200))
     assert steps == "num_steps: 100 -> 200"
     assert decay.startswith(f"{DECAY}: 100 -> 200") and f"set {DECAY}=100" in decay and "fork" in decay
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_so_many_chunks_are_validated_and_the_last(every):
+    config = RunConfig(num_steps=11, chunk_steps=2, validate_every=every)
+    by_count = [end for chunk, end in enumerate(chunk_ends(config), 1) if chunk % every == 0 or end == 11]
+    assert [end for end in chunk_ends(config) if validates(config, end)] == by_count
 
 
 ONLY_TRAIN_MODEL = [{"callbacks": [{"kind": "checkpoint"}]}, {"logger": {"path": "x"}}]

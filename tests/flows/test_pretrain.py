@@ -8,8 +8,8 @@ import pytest
 
 from configs.load import read_config
 from flows.use import evaluate
-from tasks.summary import is_finished
-from tasks.writer import writing
+from tasks.summary import best_of, is_finished
+from tasks.writer import settle_config, writing
 from trainer import manifest, rows
 from trainer.checkpoint import verify
 from trainer.errors import DivergedError
@@ -146,6 +146,18 @@ class Doubled(TrainerModule):
         (total, weight), aux = super().loss_function(params, apply_fn, batch, rng, train)
         pull = sum(jnp.sum(jnp.abs(p)) for p in jax.tree.leaves(params))
         return (total + weight * pull, weight), aux
+
+
+def test_a_run_whose_end_is_moved_forgets_what_was_evaluated_only_because_it_ended(finished, micro, tmp_path):
+    place = read_dir(shutil.copytree(finished[1], tmp_path / "run"))
+    before = rows.read(place.metrics)
+    config = micro("name=flow-test", "num_steps=10", "optimizer.schedule.decay_steps=6")
+    settle_config(place, config, dry=True)
+    assert rows.read(place.metrics) == before
+    settle_config(place, config)
+    gone = [(row["split"], row["step"]) for row in before if row not in rows.read(place.metrics)]
+    assert sorted(gone) == [("test", 6), ("val", 6)], "in a run of 10 steps chunks are validated at 4, 8 and 10"
+    assert best_of(config, place) in (0, 4)
 
 
 def test_a_subclass_of_the_trainer_changes_what_the_flow_trains(finished, micro, tmp_path):
