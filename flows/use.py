@@ -38,7 +38,7 @@ def loaded(path: Path, step: int | None) -> tuple[RunConfig, Any, Any, Any, int]
     from tasks.summary import best_of
     from trainer.assemble import TrainingConfig, assemble
     from trainer.backend import set_up_jax
-    from trainer.restore import weights_at
+    from trainer.restore import state_to_evaluate
 
     place, config = RunDir(path), read_config(path)
     steps = manifest.steps_in(place.checkpoints)
@@ -50,7 +50,7 @@ def loaded(path: Path, step: int | None) -> tuple[RunConfig, Any, Any, Any, int]
         raise ConfigError(f"step {step} has no checkpoint; choose one of {', '.join(map(str, steps))}")
     set_up_jax(numerics=config.execution.numerics)
     trainer = assemble(TrainingConfig.model_validate(training_config(config)))
-    params, mutable = weights_at(trainer, place.path, step)
+    params, mutable = trainer.weights(state_to_evaluate(trainer, place.path, step))
     return config, trainer, params, mutable, step
 
 

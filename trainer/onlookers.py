@@ -73,7 +73,6 @@ class Onlookers:
         if split == "val":
             self.trainer.on_validation_epoch_start(EPOCH, step)
         elif split == "test":
-            self._end_training()
             self.trainer.on_test_epoch_start(EPOCH)
 
     def evaluated(self, split: str, step: int, values: dict[str, Any]) -> None:
@@ -104,7 +103,7 @@ class Onlookers:
     def conclude(self) -> None:
         """All is done."""
         if self._began:
-            self._end_training()
+            self.end_training()
         self.finalize("success")
 
     def finalize(self, status: str) -> None:
@@ -113,7 +112,8 @@ class Onlookers:
             self._began = False
             self._desk.finalize(status)
 
-    def _end_training(self) -> None:
+    def end_training(self) -> None:
+        """Training is over; told once."""
         if not self._told_of_end:
             self._told_of_end = True
             self.trainer.on_training_end()

@@ -30,11 +30,15 @@ log = logging.getLogger(__name__)
 HYPERPARAMETERS = "trainer.json"
 
 
-def weights_at(trainer: "TrainerModule", folder: Path, step: int) -> tuple[Any, dict[str, Any]]:
-    """(params, mutable) to evaluate with, of a committed step. Only a schedule-free optimizer needs its statistics for that."""
+def state_to_evaluate(trainer: "TrainerModule", folder: Path, step: int) -> TrainState:
+    """The state of a committed step, to evaluate with: its statistics are None save for a schedule-free optimizer, which needs them.
+
+    They are most of a state, and there may be no room for them beside the trained one.
+    """
     if trainer.optimizer.eval_params:
-        return trainer.weights(read_state(folder, step, trainer.shapes))
-    return read_weights(folder, step, trainer.shapes)
+        return read_state(folder, step, trainer.shapes)
+    params, mutable = read_weights(folder, step, trainer.shapes)
+    return TrainState(jax.device_put(np.int32(step), replicated(trainer.mesh)), params, None, mutable)
 
 
 def load_model(trainer: "TrainerModule", *, step_idx: int, required: bool) -> int | None:

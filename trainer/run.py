@@ -3,6 +3,7 @@
 Everything a run needs to go on is in its newest commit; this object can be dropped at any moment and made again.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -25,9 +26,10 @@ from .manifest import Commit, name_of
 from .module import TrainerModule
 from .onlookers import Onlookers
 from .progress import Progress
-from .restore import weights_at
+from .restore import state_to_evaluate
 from .rows import Rows, as_recorded, find, read
 from .rundir import RunDir
+from .state import TrainState
 from .throughput import Stopwatch, stopwatch
 
 log = logging.getLogger(__name__)
@@ -150,21 +152,25 @@ class Run:
         """Values of `split` with the weights of committed step `step`, written as the row of step `row` (None: `step`), once.
 
         A row that stands already is returned as it is. What callbacks evaluate beside the weights comes before, as `<split>_ema`.
+        Callbacks and hooks see the state that is evaluated, of which the optimizer's statistics may be None.
         """
         at = step if row is None else row
         if there := find(self.run_dir.metrics, split, at):
             return there
+        if split == "test":
+            self.onlookers.end_training()
         began = time.monotonic()
-        with self.progress.within("callbacks"):
-            self.onlookers.evaluating(split, step)
-        values = self._values_of(self._weights_of(step), split)
-        values |= {"time_evaluate_s": round(time.monotonic() - began, 3)} | ({"best_step": step} if split == "test" else {})
-        if split == "val" and step == self.step:
-            for averaged in self.onlookers.averages():
-                self._record("val_ema", at, self._values_of((averaged, self.trainer.state.mutable), split))
-        values = as_recorded(values)
-        with self.progress.within("callbacks"):
-            self.onlookers.evaluated(split, step, values)
+        with self._holding(step):
+            with self.progress.within("callbacks"):
+                self.onlookers.evaluating(split, step)
+            values = self._values_of(self.trainer.weights(self.trainer.state), split)
+            values |= {"time_evaluate_s": round(time.monotonic() - began, 3)} | ({"best_step": step} if split == "test" else {})
+            if split == "val" and step == self.step:
+                for averaged in self.onlookers.averages():
+                    self._record("val_ema", at, self._values_of((averaged, self.trainer.state.mutable), split))
+            values = as_recorded(values)
+            with self.progress.within("callbacks"):
+                self.onlookers.evaluated(split, step, values)
         self._record(split, at, values)
         return find(self.run_dir.metrics, split, at) or values
 
@@ -173,7 +179,7 @@ class Run:
         tokenizer = load_tokenizer(self.data)
         tokens = tokenizer.encode(prompt).tolist()
         with self.progress.within("sample"):
-            params, _ = self._weights_of(step)
+            params, _ = self.trainer.weights(self._state_of(step))
             more = generate(
                 functools.partial(self.trainer.model.apply, train=False),
                 params,
@@ -318,10 +324,18 @@ class Run:
             with self.progress.within("callbacks"):
                 self.onlookers.feed(self._committed)
 
-    def _weights_of(self, step: int) -> tuple[Any, dict[str, Any]]:
-        if step == self.step:
-            return self.trainer.weights(self.trainer.state)
-        return weights_at(self.trainer, self.run_dir.path, step)
+    def _state_of(self, step: int) -> TrainState:
+        return self.trainer.state if step == self.step else state_to_evaluate(self.trainer, self.run_dir.path, step)
+
+    @contextlib.contextmanager
+    def _holding(self, step: int) -> Iterator[None]:
+        """Within, the trainer holds the state of a committed step, and afterwards the trained one again."""
+        trained = self.trainer.state
+        self.trainer.state = self._state_of(step)
+        try:
+            yield
+        finally:
+            self.trainer.state = trained
 
     def _write_row(self, step: int, window: Any) -> None:
         assert self._stopwatch is not None

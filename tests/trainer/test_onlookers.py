@@ -103,6 +103,49 @@ def test_a_run_that_is_through_did_not_end_early_whatever_its_last_validation_sa
     assert not [e for e in run.run_dir.read_events() if e["event"] == "early_stop"]
 
 
+class WitnessConfig(CallbackPartConfig):
+    kind: Literal["tests.trainer.test_onlookers:WitnessConfig"] = "tests.trainer.test_onlookers:WitnessConfig"
+
+    def build(self):
+        return Witness()
+
+
+class Witness(Callback):
+    """Writes down which state it is shown at the end and around the test."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def _see(self, hook, moment):
+        self.seen[hook] = int(moment.state.step), np.array(moment.state.params["embed"])
+        return Answer()
+
+    def on_training_end(self, moment):
+        return self._see("end", moment)
+
+    def on_test_epoch_start(self, moment):
+        return self._see("test start", moment)
+
+    def on_test_epoch_end(self, moment):
+        return self._see("test end", moment)
+
+
+def test_around_a_test_callbacks_see_the_state_that_is_tested_and_at_the_end_of_training_the_last_one(life, tmp_path):
+    run = life(tmp_path / "run", "trainer.callbacks=[{kind: 'tests.trainer.test_onlookers:WitnessConfig'}]")
+    run.open()
+    run.train_until(2)
+    best = np.array(run.trainer.state.params["embed"])
+    run.train_until(4)
+    last = run.trainer.state
+    run.evaluate(2, "test", row=4)
+    assert run.trainer.state is last and run.step == 4
+    run.close()
+    seen = run.trainer.callbacks[0].seen
+    assert {hook: step for hook, (step, _) in seen.items()} == {"end": 4, "test start": 2, "test end": 2}
+    np.testing.assert_array_equal(seen["test end"][1], best)
+    np.testing.assert_array_equal(seen["end"][1], last.params["embed"])
+
+
 class RowJudgeConfig(CallbackPartConfig):
     kind: Literal["tests.trainer.test_onlookers:RowJudgeConfig"] = "tests.trainer.test_onlookers:RowJudgeConfig"
     announced: bool = True

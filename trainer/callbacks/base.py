@@ -100,7 +100,7 @@ class Callback:
         return NOTHING
 
     def on_test_epoch_start(self, moment: Moment) -> Answer:
-        """A test begins."""
+        """A test begins: the moment's state is the tested one, not the last, and its optimizer's statistics may be None."""
         return NOTHING
 
     def on_test_epoch_end(self, moment: Moment) -> Answer:
