@@ -41,16 +41,21 @@ def example_batch(data: PackedConfig) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct((data.batch_size, data.seq_len), np.int32) for name in FIELDS}
 
 
-def assemble(config: TrainingConfig) -> "TrainerModule":
-    """The trainer of a run: `TrainerModule`, or the subclass that `trainer.kind` names. Raises ConfigError where parts do not fit."""
+def trainer_class(config: TrainerConfig) -> "type[TrainerModule]":
+    """`TrainerModule`, or the subclass that `trainer.kind` names. Raises ConfigError where it is none."""
     from .module import TrainerModule
 
-    cls: Any = TrainerModule
-    if config.trainer.kind != "default":
-        cls = load_object(config.trainer.kind)
-        if not (isinstance(cls, type) and issubclass(cls, TrainerModule)):
-            raise ConfigError(f"trainer.kind {config.trainer.kind!r} is {cls!r}, not a subclass of trainer.TrainerModule")
-    return cls(
+    if config.kind == "default":
+        return TrainerModule
+    cls = load_object(config.kind)
+    if not (isinstance(cls, type) and issubclass(cls, TrainerModule)):
+        raise ConfigError(f"trainer.kind {config.kind!r} is {cls!r}, not a subclass of trainer.TrainerModule")
+    return cls
+
+
+def assemble(config: TrainingConfig) -> "TrainerModule":
+    """The trainer of a run. Raises ConfigError where parts do not fit."""
+    return trainer_class(config.trainer)(
         config.trainer,
         config.model,
         config.optimizer,

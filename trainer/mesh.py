@@ -4,6 +4,7 @@ Four axes, always all there: `data` (batches), `fsdp` (batches and parameters), 
 Models name the dims of their parameters; `RULES` says on which axis a name may lie.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -13,6 +14,8 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh, NamedSharding
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "pipeline", "model")
 BATCH_AXES = ("data", "fsdp")
@@ -60,6 +63,15 @@ class MeshConfig(Config):
                 f"{'is' if num_devices == 1 else 'are'} present; set mesh.data=-1 and let the other axes divide {num_devices}"
             )
         return sizes
+
+    def fitting(self, num_devices: int) -> "MeshConfig":
+        """This config, or where its axes do not fit so many devices, one with the batch over all of them; what shapes numbers stays."""
+        try:
+            self.sizes(num_devices)
+        except ConfigError as e:
+            log.warning("batches are cut over all that there is (%d): %s", num_devices, e)
+            return self.replace(**{axis: -1 if axis == "data" else 1 for axis in AXES})
+        return self
 
     def build(self, devices: Any = None) -> "Mesh":
         """The jax mesh over `devices` (default: all). Raises ConfigError where they do not fit."""

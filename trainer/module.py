@@ -31,8 +31,7 @@ class TrainerModule(Hooks):
     """Trains one model on one mesh.
 
     `batch` is an example batch: a tree of arrays or of `jax.ShapeDtypeStruct` with the global batch as first dim. What is
-    minimised is `objective.loss`, or an overridden `loss_function`. `num_steps` is the length of schedules that end with the run,
-    which is then trained no further.
+    minimised is `objective.loss`, or an overridden `loss_function`. `num_steps` is the length of a schedule that ends with the run.
     Raises ConfigError where batch, mesh and microbatches, or steps per dispatch and callbacks, do not fit.
     """
 
@@ -259,8 +258,7 @@ class TrainerModule(Hooks):
         """Train until so many epochs or steps are done, earlier ones included; validate on the way, test the best at the end.
 
         Loaders are any iterables of batches; a dictionary of loaders gives values `<name>_<metric>`. Returns values by
-        `val_step_<s>`, `val_epoch_<e>` and `test`. Raises DivergedError, leaving the last good state; ConfigError and DataError
-        where what is asked for cannot be.
+        `val_step_<s>`, `val_epoch_<e>` and `test`. Raises DivergedError, leaving the last good state; ConfigError, DataError.
         """
         plan = fit.make_plan(self, train_loader, num_epochs=num_epochs, num_steps=num_train_steps, per_epoch=steps_per_epoch)
         return fit.fit(self, plan, train_loader=train_loader, val_loader=val_loader, test_loader=test_loader)
@@ -278,21 +276,19 @@ class TrainerModule(Hooks):
 
         `window` is the open logging window (None: one of no step), which ends where `closes` says; nothing is in flight after
         `step` and the steps that `pause` names. `train_model` and the pipeline train by this. Raises DivergedError; DataError
-        where there are too few batches; ConfigError where steps are dispatched by several and these do not fit, or where the
-        schedule depends on `num_steps` and `step` is beyond it.
+        where there are too few batches; ConfigError where these steps do not fit those of a dispatch, or are more than a schedule has.
         """
-        c, borders = self.trainer_config, {"the step to go on from": self.global_step, "the step to reach": step}
-        if problem := misfit(c.steps_per_dispatch, borders) or fit.outgrown(self, step):
+        num, borders = self.trainer_config.steps_per_dispatch, {"the step to go on from": self.global_step, "the step to reach": step}
+        if problem := misfit(num, borders) or fit.outgrown(self, step):
             raise ConfigError(problem)
-        opened = self.init_train_metrics() if window is None else window
         for record in loop.train(
             self.train_step,
             self.state,
-            opened,
-            map(self.put_train, grouped(batches, c.steps_per_dispatch)),
+            self.init_train_metrics() if window is None else window,
+            map(self.put_train, grouped(batches, num)),
             start=self.global_step,
             until=step,
-            per_dispatch=c.steps_per_dispatch,
+            per_dispatch=num,
             empty=self.init_train_metrics,
             closes=closes,
             pause=pause,
@@ -414,6 +410,10 @@ class TrainerModule(Hooks):
         )
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint: Any, exmp_input: Any = None, batch_size: int = -1) -> "TrainerModule":
-        """A trainer with the configs and the newest weights of a log or run directory, local or at an fsspec address."""
-        return restore.load_from_checkpoint(cls, checkpoint, batch=exmp_input, batch_size=batch_size)
+    def load_from_checkpoint(
+        cls, checkpoint: Any, exmp_input: Any = None, batch_size: int = -1, *, trust_code: bool = False
+    ) -> "TrainerModule":
+        """A trainer with the configs and newest weights of a log or run directory, local or at an fsspec address; of a run's own
+        class if called on TrainerModule. An address that names code which is not ours needs `trust_code`.
+        """
+        return restore.load_from_checkpoint(cls, checkpoint, batch=exmp_input, batch_size=batch_size, trust_code=trust_code)

@@ -4,7 +4,7 @@ import importlib
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ import numpy as np
 
 from . import manifest
 from .checkpoint import owned, read_state, read_weights
-from .config import TrainerConfig, load_object
-from .errors import CheckpointError, DamagedError, StorageError
+from .config import load_object
+from .errors import CheckpointError, ConfigError, DamagedError, StorageError
 from .feed import has_state
 from .files import write_atomic
-from .mesh import replicated
+from .mesh import MeshConfig, replicated
 from .retention import best_step
 from .state import TrainState
 
@@ -190,43 +190,54 @@ def _hyperparameters(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def load_from_checkpoint(cls: type["TrainerModule"], checkpoint: Any, *, batch: Any, batch_size: int) -> "TrainerModule":
-    """A trainer with the configs of a directory and its newest weights."""
+def load_from_checkpoint(cls: type["TrainerModule"], checkpoint: Any, *, batch: Any, batch_size: int, trust_code: bool) -> "TrainerModule":
+    """A trainer with the configs of a directory and its newest weights, on the devices that are here."""
+    from .assemble import trainer_class
+    from .module import TrainerModule
+
     folder = fetch(checkpoint)
     found = _hyperparameters(folder)
-    if "configs" in found:
-        made = {k: load_object(c["class"]).model_validate(c["value"]) for k, c in found["configs"].items()}
-        batch = _batch(found["batch"]) if batch is None else batch
-        objective, data = None, {}
-    elif "model" in found:
-        from pydantic import TypeAdapter
-
-        from .assemble import example_batch
-        from .data import PackedConfig
-        from .models import AnyModelConfig
-        from .objectives import AnyObjectiveConfig
-        from .optimizers import AnyOptimizerConfig
-
-        def parse(kind: Any, name: str) -> Any:
-            return TypeAdapter(kind).validate_python(found[name])
-
-        made = {"trainer": TrainerConfig.model_validate(found["trainer"])}
-        made |= {"model": parse(AnyModelConfig, "model"), "optimizer": parse(AnyOptimizerConfig, "optimizer")}
-        objective = parse(AnyObjectiveConfig, "objective").build()
-        data = found["data"]
-        packed = PackedConfig(kind=data["kind"], seq_len=data["seq_len"], batch_size=data["batch_size"])
-        batch = example_batch(packed) if batch is None else batch
-    else:
+    if not found:
         raise CheckpointError(f"{checkpoint} has neither {HYPERPARAMETERS} nor config.json: it is no directory of a training")
+    if "://" in str(checkpoint) and not trust_code and (foreign := sorted(set(_foreign_code(found.get("configs", found))))):
+        raise ConfigError(f"{checkpoint} names code that is not ours and would be run: {', '.join(foreign)}; allow it by trust_code=True")
+    configs, more = _of_train_model(found, batch) if "configs" in found else _of_a_run(found, batch)
     if batch_size > 0:
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch)
-    logger = made["trainer"].logger
+        more["batch"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), more["batch"])
+    logger = configs["trainer_config"].logger
     if logger is not None and logger.path:  # it may have been moved here
-        made["trainer"] = made["trainer"].replace(logger=logger.replace(path=str(folder)))
-    extra = {"objective": objective} if objective is not None else {}
-    trainer = cls(made["trainer"], made["model"], made["optimizer"], batch, num_steps=found["num_steps"], **extra)
+        configs["trainer_config"] = configs["trainer_config"].replace(logger=logger.replace(path=str(folder)))
+    if cls is TrainerModule:
+        cls = trainer_class(configs["trainer_config"])
+    mesh = MeshConfig.model_validate(found["mesh"]).fitting(jax.device_count())
+    trainer = cls(**configs, **more, mesh_config=mesh, num_steps=found["num_steps"])
     load_pretrained(trainer, folder, step_idx=-1, best=False, optimizer=True, loaders={}, delete_first=False)
     return trainer
+
+
+def _foreign_code(data: Any) -> Iterator[str]:
+    """The import paths in what was kept of a trainer, save for those of this package."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        if key in ("kind", "class") and isinstance(value, str) and ":" in value and not value.startswith("trainer."):
+            yield value
+        yield from _foreign_code(value)
+
+
+def _of_train_model(found: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The three configs that `write_hyperparameters` wrote, and what else makes a trainer."""
+    configs = {f"{k}_config": load_object(c["class"]).model_validate(c["value"]) for k, c in found["configs"].items()}
+    return configs, {"batch": _batch(found["batch"]) if batch is None else batch}
+
+
+def _of_a_run(found: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of a pipeline's config."""
+    from .assemble import TrainingConfig, example_batch
+
+    data = {k: found["data"][k] for k in ("kind", "seq_len", "batch_size")}
+    parts = {k: found[k] for k in TrainingConfig.model_fields if k in found}
+    config = TrainingConfig.model_validate({**parts, "data": data, "config_digest": ""})
+    configs = {"trainer_config": config.trainer, "model_config": config.model, "optimizer_config": config.optimizer}
+    return configs, {"batch": example_batch(config.data) if batch is None else batch, "objective": config.objective.build()}
 
 
 def _batch(kept: Mapping[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """TrainerModule by itself, as in a notebook: loops over loaders of every kind, resumes, restores, ends in every way."""
 
+import json
 import logging
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.toy import Regression, make_data, make_trainer
-from trainer import LoggerConfig, fit
+from trainer import LoggerConfig, MeshConfig, fit
 from trainer.callbacks import CheckpointCallbackConfig
 from trainer.checkpoint import verify
 from trainer.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -86,8 +87,6 @@ def test_a_second_call_goes_on_from_where_the_first_ended_and_equals_one_call(tm
 
 
 def rows(path):
-    import json
-
     found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     keys = [(r["split"], r["step"]) for r in found]
     assert len(keys) == len(set(keys)), "a row stands twice"
@@ -358,6 +357,18 @@ def test_a_trainer_is_made_again_from_an_absolute_path_alone(tmp_path):
     assert isinstance(again, Regression) and equal(again.state, trainer.state) and again.model_config == trainer.model_config
 
 
+def test_a_trainer_that_is_made_again_computes_in_the_dtypes_it_was_trained_in_also_on_fewer_devices(tmp_path):
+    mesh = MeshConfig(fsdp=1, fsdp_min_size=7, fsdp_gather_dtype="bfloat16", fsdp_scatter_dtype="float32")
+    base = saving(tmp_path, mesh=mesh)
+    base.train_model(DATA, None, num_train_steps=4)
+    assert Regression.load_from_checkpoint(tmp_path).mesh_config == mesh
+    kept = json.loads((tmp_path / "trainer.json").read_text())
+    kept["mesh"] |= {"data": 4, "fsdp": 8}  # as a machine with 32 devices would have left it
+    (tmp_path / "trainer.json").write_text(json.dumps(kept))
+    again = Regression.load_from_checkpoint(tmp_path)
+    assert again.mesh_config == mesh and equal(again.state, base.state)
+
+
 @pytest.mark.fault(33)
 def test_a_trainer_is_made_again_from_an_object_store(tmp_path):
     import fsspec
@@ -365,7 +376,9 @@ def test_a_trainer_is_made_again_from_an_object_store(tmp_path):
     trainer = saving(tmp_path)
     trainer.train_model(DATA, None, num_train_steps=6)
     fsspec.filesystem("memory").put(f"{tmp_path}/", "/bucket/run/", recursive=True)
-    again = Regression.load_from_checkpoint("memory://bucket/run")
+    with pytest.raises(ConfigError, match=r"tests\.trainer\.toy:MLPConfig; allow it by trust_code=True"):
+        Regression.load_from_checkpoint("memory://bucket/run")
+    again = Regression.load_from_checkpoint("memory://bucket/run", trust_code=True)
     assert equal(again.state, trainer.state)
 
 

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from configs.load import to_json
 from tasks.session import training_config
 from tests.trainer.lives import digests, stable_rows
 from trainer import manifest, rows
 from trainer.assemble import TrainingConfig, assemble
 from trainer.errors import CheckpointError, ConfigError, DataError, StoppedError
+from trainer.module import TrainerModule
 from trainer.progress import Progress
 from trainer.run import add_bits_per_byte
 from trainer.rundir import RunDir
@@ -258,6 +260,21 @@ def test_every_row_of_a_run_has_the_perplexity_of_its_loss(whole):
         assert values[key] == math.exp(values[key.replace("perplexity", "loss")])
         seen.add(split)
     assert seen == {"train", "val"}
+
+
+def test_a_trainer_made_from_a_run_s_directory_is_of_the_class_and_computes_as_the_run_s(life, micro, tmp_path):
+    overrides = ("trainer.kind=tests.trainer.test_onlookers:Listening", "mesh.fsdp_gather_dtype=bfloat16", "mesh.fsdp_min_size=5")
+    run = life(tmp_path / "run", *overrides)
+    run.open()
+    run.close()
+    (tmp_path / "run" / "config.json").write_text(to_json(micro(*overrides)))
+    trainer = TrainerModule.load_from_checkpoint(tmp_path / "run")
+    assert type(trainer).__name__ == "Listening" and trainer.mesh_config == run.trainer.mesh_config
+    assert type(Plain.load_from_checkpoint(tmp_path / "run")) is Plain, "who names a class gets it"
+
+
+class Plain(TrainerModule):
+    """A class of the caller's own."""
 
 
 @pytest.mark.fault(5)
