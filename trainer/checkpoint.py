@@ -47,6 +47,7 @@ class Checkpoints:
         self.root.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None
         self._device_digest = device_digest
+        self._just_verified: set[int] = set()  # steps whose files were read since this was opened; up to the first save or restore
         self._set_aside_what_is_not_whole()
         handlers = {
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
@@ -71,6 +72,7 @@ class Checkpoints:
         Raises CheckpointError where a checkpoint of that step stands.
         """
         assert self._saving is None, "a save is under way: finish it first"
+        self._just_verified.clear()
         step = int(state.step)
         params, train, held = flatten(state.params, "params"), _train_arrays(state, window), flatten(extra, "extra")
         digests = digest.digests(digest.choose({**params, **train, **held}, step=step, how=self._device_digest))
@@ -128,7 +130,7 @@ class Checkpoints:
     def newest_whole(self) -> int | None:
         """The newest step whose files are all as its manifest says; damaged ones on the way are set aside with a warning."""
         for step in reversed(self.steps()):
-            if wrong := manifest.problems(self.root / name_of(step), step):
+            if wrong := self._problems(step):
                 self.set_aside(step, wrong)
             else:
                 return step
@@ -153,15 +155,23 @@ class Checkpoints:
             )
 
     def _check(self, step: int) -> None:
-        if wrong := manifest.problems(self.root / name_of(step), step):
+        wrong = self._problems(step)
+        self._just_verified.clear()
+        if wrong:
             raise DamagedError(f"checkpoint {step} is damaged: {'; '.join(wrong[:3])}; run `everstep verify` for all of it")
+
+    def _problems(self, step: int) -> list[str]:
+        """What is wrong with the files of a step. Who opens, looks for the newest and restores it reads them once, not three times."""
+        wrong = [] if step in self._just_verified else manifest.problems(self.root / name_of(step), step)
+        self._just_verified |= set() if wrong else {step}
+        return wrong
 
     def _set_aside_what_is_not_whole(self) -> None:
         for path in self.root.iterdir():
             if not path.name.isdigit():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()  # a save that was cut off
         for step in steps_in(self.root):
-            if wrong := manifest.problems(self.root / name_of(step), step):
+            if wrong := self._problems(step):
                 self._set_aside(step, wrong)
 
     def _set_aside(self, step: int, wrong: list[str]) -> None:

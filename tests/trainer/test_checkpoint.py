@@ -60,6 +60,22 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(good):
     assert store.newest_whole() == 20
 
 
+def test_who_opens_and_restores_the_newest_checkpoint_reads_its_files_once_and_every_later_restore_again(good, tmp_path, monkeypatch):
+    place, read, problems = tmp_path / "run", [], manifest.problems
+    shutil.copytree(good, place)
+    monkeypatch.setattr(manifest, "problems", lambda folder, step: (read.append(step), problems(folder, step))[1])
+    store = Checkpoints(place)
+    assert store.newest_whole() == 20
+    store.restore(20, state_at(0), window_at(0))
+    assert read == [10, 20]
+    for step in (10, 20):
+        victim = place / "checkpoints" / name_of(step) / "meta" / "metadata"
+        victim.write_bytes(victim.read_bytes() + b" ")
+        with pytest.raises(DamagedError):
+            store.restore(step, state_at(0), window_at(0))
+    store.close()
+
+
 def test_verify_names_both_steps_and_equal_states_have_equal_digests(good, tmp_path):
     commit(tmp_path, 20)
     (again,) = verify(tmp_path)
