@@ -54,7 +54,7 @@ def check_batch_like(batch: Any, example: Any, *, rows: bool, what: str) -> None
     meant: Any
     (leaves, made), (known, meant) = (jax.tree.flatten(tree) for tree in (batch, example))
     if made == meant and all(getattr(x, "shape", None) == y.shape and x.dtype == y.dtype for x, y in zip(leaves, known, strict=True)):
-        return  # every batch comes here: nothing is put into words before something is wrong
+        return  # every batch of an evaluation comes here: nothing is put into words before something is wrong
     have, want = (jax.tree.map(lambda x: _leaf(x, rows=rows), tree) for tree in (batch, example))
     if have != want:
         way_out = "drop or pad a last batch that is smaller" if rows else "give the model the same inputs as in training"

@@ -6,7 +6,6 @@ The trainer computes, the loop counts, and whatever somebody wants to be told or
 import contextlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from .callbacks.base import Answer, Callback, Moment
 from .callbacks.checkpointing import CheckpointCallbackConfig
 from .errors import ConfigError
 from .feed import Feed
+from .names import named
 from .retention import CheckpointConfig, best_step, steps_to_delete
 from .throughput import Stopwatch
 
@@ -197,21 +197,13 @@ class Desk:
 
     def extra(self) -> dict[str, Any]:
         """The callbacks' states, by class and place among those of it."""
-        states = {name: callback.get_state() for name, callback in self._named_callbacks()}
+        states = {name: callback.get_state() for name, callback in named(self._trainer.callbacks)}
         return {k: v for k, v in states.items() if v is not None}
 
     def restore_extra(self, extra: Mapping[str, Any]) -> None:
         """Give the callbacks their states back; one that has none begins anew."""
-        for name, callback in self._named_callbacks():
+        for name, callback in named(self._trainer.callbacks):
             callback.set_state(extra.get(name))
-
-    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
-        """Each with a name that it keeps when others of another class come or go, so that none is given a state that is not its own."""
-        seen = Counter[str]()
-        for callback in self._trainer.callbacks:
-            kind = type(callback).__name__
-            yield f"{kind}-{seen[kind]}", callback
-            seen[kind] += 1
 
     def save_if_wanted(self, *, last: bool) -> None:
         """Commit a checkpoint of the finished step where one is asked for, or at the end; then remove what nothing keeps."""

@@ -7,7 +7,6 @@ two, the logger is taken back to before the first row it was then given, and is 
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from .files import write_atomic
 from .loggers.base import Logger
+from .names import named
 from .rows import values_of
 from .rundir import RunDir, lines_after, read_lines
 
@@ -104,9 +104,4 @@ def _had(rows: list[tuple[dict[str, Any], int]], mark: Mark) -> list[tuple[dict[
 
 def followers(loggers: Sequence[Logger], run_dir: RunDir) -> list[Follower]:
     """One for each logger; a logger keeps its place when others of another kind come or go."""
-    found, seen = [], Counter[str]()
-    for logger in loggers:
-        name = type(logger).__name__
-        found.append(Follower(logger, run_dir.metrics, run_dir.logs / f"rows-{name}-{seen[name]}.json"))
-        seen[name] += 1
-    return found
+    return [Follower(logger, run_dir.metrics, run_dir.logs / f"rows-{name}.json") for name, logger in named(loggers)]
