@@ -1,30 +1,22 @@
-"""The desk of a training: callbacks and loggers, what they asked for, open windows, and checkpoints of `train_model`.
-
-The trainer computes, the loop counts, and whatever somebody wants to be told or to be kept passes over this desk.
-"""
+"""The desk of `train_model`: open windows and the rows they become, the loaders' places, checkpoints."""
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from . import manifest, metrics, rows
-from .callbacks.base import Answer, Callback, Moment
 from .callbacks.checkpointing import CheckpointCallbackConfig
 from .errors import ConfigError
 from .feed import Feed
-from .names import named
 from .retention import CheckpointConfig, best_step, steps_to_delete
 from .throughput import Stopwatch
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoints
     from .module import TrainerModule
-
-log = logging.getLogger(__name__)
 
 
 class Pieces:
@@ -60,18 +52,15 @@ class Desk:
         self.pieces: Pieces = Pieces(None)
         self.feed: Feed | None = None
         self.stopwatch: Stopwatch | None = None
-        self.stop_reason: str | None = None
-        self.facts: dict[str, Any] = {}  # what the surroundings know of the training beside what the trainer does
         self.val_rows: list[tuple[int, dict[str, Any]]] = []  # of this object's validations
-        self._info: dict[str, Any] = {}
-        self._save_asked = False
         self._store: Checkpoints | None = None
         self._placed: list[int] = []  # ids of loaders that were put to their places
         self._saved: int | None = None
 
     def begin(self, loaders: Mapping[str, Any], *, total: int) -> None:
         """Start a `train_model` call that trains to step `total`. Raises ConfigError where its checkpoints could not be saved."""
-        self.forget()
+        self._trainer.audience.forget()
+        self._saved = None
         if self.saves and self._trainer.global_step < total:
             self._see_that_steps_are_free()
         from .restore import write_hyperparameters
@@ -83,60 +72,16 @@ class Desk:
         if self.saves:
             write_hyperparameters(self._trainer)
 
-    def forget(self) -> None:
-        """Nothing that callbacks asked for in an earlier training is in the way."""
-        self.stop_reason, self._save_asked, self._saved = None, False, None
-
     def reset_windows(self) -> None:
         """Windows that hold no step."""
         self.window = self._trainer.init_train_metrics()
         self.pieces = Pieces(jax.device_get(self.window))
 
-    def start(self, info: Mapping[str, Any]) -> None:
-        """Tell loggers and callbacks the facts of the training to come."""
-        self._info = {**info, **self.facts}
-        for logger in self._trainer.loggers:
-            logger.start(self._trainer.global_step, self._info)
-        self._info |= {name: self._fact(name) for callback in self._trainer.callbacks for name in callback.asks}
-
-    def _fact(self, name: str) -> Any:
-        """A fact that a callback asks for; None where there is none."""
-        from . import memory, params
-
-        t = self._trainer
-        if name == "step_memory":
-            return memory.step_memory(t)
-        assert name == "decays", name
-        return params.flatten(t.optimizer.decays(t.shapes.params)) if t.optimizer.decays else None
-
-    def tell(self, hook: str, values: dict[str, Any] | None = None, *, epoch: int = 0, step: int | None = None) -> None:
-        """Tell all callbacks of a moment; what they add goes into `values`, what else they want is noted.
-
-        Raises ConfigError where one asks for a stop or a commit at a step that may be in flight: how late that is seen depends on
-        where chunks end, and with it the step at which it would be obeyed.
-        """
-        t = self._trainer
-        if not t.callbacks:
-            return
-        at = t.global_step if step is None else step
-        for callback in t.callbacks:
-            state = t.state if at == t.global_step and hook != "on_row" else None
-            answer: Answer = getattr(callback, hook)(Moment(at, epoch, state, dict(values or {}), self._info))
-            if wrong := [name for name in answer.values if name in ("step", "split") or "/" in name]:
-                raise ConfigError(f"{type(callback).__name__} adds a value named {wrong[0]!r} to a row; choose another name, without '/'")
-            if values is not None:
-                values.update(answer.values)
-            if (answer.stop or answer.save) and not _may_decide(callback, hook, at):
-                way_out = "say `decides_on_rows = True`" if hook == "on_row" else "name the step in `wants`"
-                raise ConfigError(f"{type(callback).__name__} asked for a stop or a commit in {hook} at step {at} unannounced; {way_out}")
-            self.stop_reason = self.stop_reason or answer.stop
-            self._save_asked = self._save_asked or answer.save
-
     def row(self, step: int, epoch: int, values: dict[str, Any]) -> None:
         """A logging window closed: values to callbacks, which may add to them, then to the loggers."""
         assert self.stopwatch is not None
         values = self._trainer.get_metric_postprocess_fn()(values) | self.stopwatch.row(step, values)
-        self.tell("on_row", values, epoch=epoch, step=step)
+        self._trainer.audience.tell("on_row", values, epoch=epoch, step=step)
         self.write("train", step, values)
 
     def write(self, split: str, step: int, values: Mapping[str, Any]) -> None:
@@ -145,20 +90,6 @@ class Desk:
             self.val_rows.append((step, dict(values)))
         for logger in self._trainer.loggers:
             logger.row(split, step, values)
-
-    def wants(self, step: int, *, row: bool) -> bool:
-        """Whether somebody waits for this step to be finished; `row`: a row ends with it."""
-        return any(callback.wants(step) or (row and callback.decides_on_rows) for callback in self._trainer.callbacks)
-
-    def averages(self) -> Iterator[Any]:
-        """The parameters that callbacks want evaluated beside the state's own."""
-        found = (callback.evaluation_params(self._trainer.state) for callback in self._trainer.callbacks)
-        return (params for params in found if params is not None)
-
-    def take_save(self) -> bool:
-        """Whether a commit was asked for since this was last called."""
-        asked, self._save_asked = self._save_asked, False
-        return asked
 
     # Checkpoints of train_model, where there is a place for them and a callback that asks.
 
@@ -195,23 +126,13 @@ class Desk:
         """All open windows, as they go into a checkpoint."""
         return {"open": self.window, "row": self.pieces.row, "epoch": self.pieces.epoch}
 
-    def extra(self) -> dict[str, Any]:
-        """The callbacks' states, by class and place among those of it."""
-        states = {name: callback.get_state() for name, callback in named(self._trainer.callbacks)}
-        return {k: v for k, v in states.items() if v is not None}
-
-    def restore_extra(self, extra: Mapping[str, Any]) -> None:
-        """Give the callbacks their states back; one that has none begins anew."""
-        for name, callback in named(self._trainer.callbacks):
-            callback.set_state(extra.get(name))
-
     def save_if_wanted(self, *, last: bool) -> None:
         """Commit a checkpoint of the finished step where one is asked for, or at the end; then remove what nothing keeps."""
         t = self._trainer
-        asked = self.take_save() or last
+        asked = t.audience.take_save() or last
         if not self.saves or not asked or self._saved == t.global_step:
             return
-        self.store.save(t.state, jax.device_put(self.windows()), self._meta(), self.extra())
+        self.store.save(t.state, jax.device_put(self.windows()), self._meta(), t.audience.get_state())
         self.store.finish()
         self._saved = t.global_step
         best = best_step(self.val_rows, self.checkpoints)
@@ -265,20 +186,8 @@ class Desk:
             t.state = trained
 
     def finalize(self, status: str) -> None:
-        """Tell everybody of the end, whatever it was; one that fails does not keep the others from being told."""
-        for one in (*self._trainer.callbacks, *self._trainer.loggers):
-            try:
-                one.finalize(status)
-            except Exception:
-                log.exception("%s could not be finalized", type(one).__name__)
-        self._trainer.loggers = []  # they take no rows any more: what is evaluated after the training is for its caller
+        """The end of a `train_model` call, whatever it was."""
+        self._trainer.audience.finalize(status)
         if self._store is not None:
             self._store.close()
             self._store = None
-
-
-def _may_decide(callback: Callback, hook: str, step: int) -> bool:
-    """Whether the step of a moment is finished in every life when `callback` is told of it."""
-    if hook == "on_row":
-        return callback.decides_on_rows
-    return hook != "on_training_step" or callback.wants(step)

@@ -111,8 +111,8 @@ def fit(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: 
         trainer.on_training_start()
         if val_loader is not None:
             trainer.test_eval_function(val_loader)
-        if desk.stop_reason:
-            log.info("nothing to train: %s", desk.stop_reason)
+        if trainer.audience.stop_reason:
+            log.info("nothing to train: %s", trainer.audience.stop_reason)
         elif trainer.global_step < plan.total:
             results = train(trainer, plan, train_loader=train_loader, val_loader=val_loader)
         else:
@@ -136,7 +136,7 @@ def fit(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: 
 
 def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader: Any) -> dict[str, dict[str, Any]]:
     """The steps that are still to do, and what is due between them; values of validations by name."""
-    desk = trainer.desk
+    desk, audience = trainer.desk, trainer.audience
     results: dict[str, dict[str, Any]] = {}
     start = trainer.global_step
     feed = desk.feed = Feed(train_loader, step=start, steps_per_epoch=plan.per_epoch, restored=desk.is_placed(train_loader))
@@ -147,19 +147,19 @@ def train(trainer: "TrainerModule", plan: Plan, *, train_loader: Any, val_loader
         trainer.tracker(feed, total=plan.total, completed=start),
         window=desk.window,
         closes=plan.closes,
-        pause=lambda step: plan.looks_up(step) or desk.wants(step, row=plan.logs(step)),
+        pause=lambda step: plan.looks_up(step) or audience.wants(step, row=plan.logs(step)),
     )
     desk.stopwatch = stopwatch(trainer, [desk.window, desk.pieces.row], step=start)
     for record in desk.stopwatch.watch(records):
         desk.window = record.window
         take(trainer, plan, record.before())
-        desk.tell("on_training_step", epoch=plan.epoch(record.step))
+        audience.tell("on_training_step", epoch=plan.epoch(record.step))
         take(trainer, plan, record.own())
         if record.settled:
             results |= look_up(trainer, plan, record.step, val_loader)
-            desk.save_if_wanted(last=record.step == plan.total or desk.stop_reason is not None)
-            if desk.stop_reason:
-                log.info("stopped after step %d: %s", record.step, desk.stop_reason)
+            desk.save_if_wanted(last=record.step == plan.total or audience.stop_reason is not None)
+            if audience.stop_reason:
+                log.info("stopped after step %d: %s", record.step, audience.stop_reason)
                 break
     return results
 
@@ -205,7 +205,7 @@ def check_evaluation(trainer: "TrainerModule", loader: Any) -> None:
 def validate_averages(trainer: "TrainerModule", loader: Any) -> None:
     """The row `val_ema`, where a callback has averaged parameters to validate with and the loaders can be read once more."""
     loaders = loader.values() if isinstance(loader, Mapping) else [loader]
-    for averaged in trainer.desk.averages():
+    for averaged in trainer.audience.averages():
         if any(iter(one) is one for one in loaders):
             log.warning("there is no val_ema row: the validation loader is an iterator that can be used once")
             continue

@@ -5,42 +5,42 @@ What an override adds to the values is logged with them; one that does not call 
 
 from typing import Any
 
-from .desk import Desk
+from .audience import Audience
 
 
 class Hooks:
     """The hooks of TrainerModule."""
 
-    desk: Desk
+    audience: Audience
 
     def on_training_start(self) -> None:
         """Before the first step."""
-        self.desk.tell("on_training_start")
+        self.audience.tell("on_training_start")
 
     def on_training_end(self) -> None:
         """After the last step."""
-        self.desk.tell("on_training_end")
+        self.audience.tell("on_training_end")
 
     def on_training_epoch_start(self, epoch_idx: int) -> None:
         """An epoch, counted from 1, begins."""
-        self.desk.tell("on_training_epoch_start", epoch=epoch_idx)
+        self.audience.tell("on_training_epoch_start", epoch=epoch_idx)
 
     def on_training_epoch_end(self, train_metrics: dict[str, Any], epoch_idx: int) -> None:
         """An epoch ended with these values."""
-        self.desk.tell("on_training_epoch_end", train_metrics, epoch=epoch_idx)
+        self.audience.tell("on_training_epoch_end", train_metrics, epoch=epoch_idx)
 
     def on_validation_epoch_start(self, epoch_idx: int, step_idx: int) -> None:
         """A validation begins."""
-        self.desk.tell("on_validation_epoch_start", epoch=epoch_idx, step=step_idx)
+        self.audience.tell("on_validation_epoch_start", epoch=epoch_idx, step=step_idx)
 
     def on_validation_epoch_end(self, eval_metrics: dict[str, Any], epoch_idx: int, step_idx: int) -> None:
         """A validation ended with these values."""
-        self.desk.tell("on_validation_epoch_end", eval_metrics, epoch=epoch_idx, step=step_idx)
+        self.audience.tell("on_validation_epoch_end", eval_metrics, epoch=epoch_idx, step=step_idx)
 
     def on_test_epoch_start(self, epoch_idx: int) -> None:
         """A test begins."""
-        self.desk.tell("on_test_epoch_start", epoch=epoch_idx)
+        self.audience.tell("on_test_epoch_start", epoch=epoch_idx)
 
     def on_test_epoch_end(self, test_metrics: dict[str, Any], epoch_idx: int) -> None:
         """A test ended with these values."""
-        self.desk.tell("on_test_epoch_end", test_metrics, epoch=epoch_idx)
+        self.audience.tell("on_test_epoch_end", test_metrics, epoch=epoch_idx)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import jax
 
 from . import contract, evaluate, fit, fsdp, loop, metrics, params, per_sample, restore
+from .audience import Audience
 from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
 from .desk import Desk
@@ -70,7 +71,7 @@ class TrainerModule(Hooks):
         self.init_callbacks(trainer_config.callbacks)
         if problem := unheard(trainer_config.steps_per_dispatch, self.callbacks):
             raise ConfigError(problem)
-        self.desk = Desk(self)
+        self.audience, self.desk = Audience(self), Desk(self)
         self.create_jitted_functions()
 
     # How it is made; a subclass may do any of it otherwise.
@@ -360,7 +361,7 @@ class TrainerModule(Hooks):
         """Facts of the training to come, told once to loggers and callbacks; returns them."""
         info = fit.training_info(self, train=train_loader, val=val_loader, test=test_loader)
         info |= {"num_epochs": num_epochs, "num_train_steps": num_train_steps, "steps_per_epoch": steps_per_epoch}
-        self.desk.start(info)
+        self.audience.start(info)
         return info
 
     # Load and restore; see trainer.restore.

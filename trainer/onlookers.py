@@ -4,9 +4,9 @@ A validation comes after the commit that it judges, so what it made callbacks de
 restores it tells them of the validation's row again, which is all that they learnt then.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
+from .audience import Audience
 from .follow import followers
 from .module import TrainerModule
 from .rows import find
@@ -15,58 +15,36 @@ from .rundir import EARLY_STOP, RunDir
 EPOCH = 1  # a run of the pipeline counts steps, not epochs
 
 
-class Onlookers:
+class Onlookers(Audience):
     """Those of one life. They are told through the trainer's own hooks, which a subclass may override."""
 
     def __init__(self, trainer: TrainerModule, run_dir: RunDir):
-        self.trainer, self.run_dir, self._desk = trainer, run_dir, trainer.desk
+        super().__init__(trainer)
+        self.run_dir = run_dir
         self._began = self._told_of_end = False
-        trainer.folder = run_dir.path
+        trainer.folder, trainer.audience = run_dir.path, self
         trainer.init_callbacks(trainer.trainer_config.callbacks)
-        self._desk.forget()
-
-    @property
-    def stop_reason(self) -> str | None:
-        """Why training ends here, where one of them said so."""
-        return self._desk.stop_reason
-
-    def get_state(self) -> dict[str, Any]:
-        """The callbacks' states; see Desk.extra."""
-        return self._desk.extra()
-
-    def set_state(self, extra: dict[str, Any], *, stop_reason: str | None) -> None:
-        """Go on from a commit."""
-        self._desk.restore_extra(extra)
-        self._desk.stop_reason = stop_reason
 
     def begin(self, *, num_steps: int, loader: Any, eval_names: list[str]) -> None:
         """Start loggers and callbacks at the trainer's step, which is committed."""
         t, self._began = self.trainer, True  # from here on somebody may have opened what only `finalize` closes
         t.init_logger(t.trainer_config.logger)
         t.loggers = followers(t.loggers, self.run_dir)
-        self._desk.facts = {"eval_metrics": eval_names}
+        self.facts = {"eval_metrics": eval_names}
         t.log_training_info(None, num_steps, None, loader, None, None)
         t.on_training_start()
-        self._desk.take_save()  # it stands
+        self.take_save()  # it stands
         if row := find(self.run_dir.metrics, "val", t.global_step):
             self.evaluating("val", t.global_step)
             self.evaluated("val", t.global_step, row)
 
-    def wants(self, step: int, *, row: bool) -> bool:
-        """Whether somebody waits for this step to be finished; `row`: a row ends with it."""
-        return self._desk.wants(step, row=row)
-
     def stepped(self) -> None:
         """A step was dispatched."""
-        self._desk.tell("on_training_step", epoch=EPOCH)
+        self.tell("on_training_step", epoch=EPOCH)
 
     def row(self, step: int, values: dict[str, Any]) -> None:
         """A logging window closed; callbacks may add to its values."""
-        self._desk.tell("on_row", values, epoch=EPOCH, step=step)
-
-    def take_save(self) -> bool:
-        """Whether a commit was asked for since this was last called."""
-        return self._desk.take_save()
+        self.tell("on_row", values, epoch=EPOCH, step=step)
 
     def evaluating(self, split: str, step: int) -> None:
         """An evaluation begins."""
@@ -81,11 +59,7 @@ class Onlookers:
             self.trainer.on_validation_epoch_end(values, EPOCH, step)
         elif split == "test":
             self.trainer.on_test_epoch_end(values, EPOCH)
-        self._desk.take_save()  # what is evaluated is committed: left for later, the wish would be granted at another step
-
-    def averages(self) -> Iterator[Any]:
-        """The parameters that callbacks want validated beside the state's own."""
-        return self._desk.averages()
+        self.take_save()  # what is evaluated is committed: left for later, the wish would be granted at another step
 
     def feed(self, committed: int) -> None:
         """Give the loggers the rows of committed steps."""
@@ -110,7 +84,7 @@ class Onlookers:
         """The end of this life, told once."""
         if self._began:
             self._began = False
-            self._desk.finalize(status)
+            super().finalize(status)
 
     def end_training(self) -> None:
         """Training is over; told once."""

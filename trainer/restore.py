@@ -67,7 +67,7 @@ def load_model(trainer: "TrainerModule", *, step_idx: int, required: bool) -> in
     desk.window = windows["open"]
     desk.pieces.row, desk.pieces.epoch = (jax.device_get(windows[k]) for k in ("row", "epoch"))
     desk.val_rows = [(at, values) for at, values in found.meta.get("val_rows", [])]
-    desk.restore_extra(found.extra)
+    trainer.audience.set_state(found.extra)
     return step
 
 

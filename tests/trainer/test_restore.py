@@ -154,7 +154,7 @@ def test_a_callback_gets_its_own_state_back_though_others_came_or_went(tmp_path)
     source.train_model(DATA, None, num_train_steps=4)
     target = watched(EarlyStoppingConfig(), EMAConfig(decay=0.5))
     target.load_model()
-    a, b = (list(trainer.desk.averages()) for trainer in (source, target))
+    a, b = (list(trainer.audience.averages()) for trainer in (source, target))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)) and a
 
 
