@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-loop bench-data bench-gpu kills points lock clean
+.PHONY: help demo test lint format bench bench-loop bench-data bench-gpu kills points chaos-uploads lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ kills: $(READY) ## kill a preparation 20 times at random and compare its shards 
 
 points: $(READY) ## stop a run at 200 drawn system calls that change its directory, and compare its end (POINTS=all: at each, an hour)
 	@$(RUN) -m tests.faults.points --points $(or $(POINTS),200) 2>/dev/null
+
+chaos-uploads: $(READY) ## publish 1,000 times to a bucket that fails 30 % of the time (`make test` does it 12 times)
+	@EVERSTEP_UPLOADS=1000 $(RUN) -m pytest --timeout 3000 tests/tasks/test_gcs.py -k hostile
 
 lock: .uv/.ready ## resolve requirements.lock anew
 	@$(UV) pip compile -q pyproject.toml --group dev --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --python-version 3.11 -o requirements.lock

@@ -106,3 +106,31 @@ def signals_as_before():
     before = [signal.getsignal(n) for n in numbers]
     yield
     assert [signal.getsignal(n) for n in numbers] == before
+
+
+@pytest.fixture(scope="session")
+def fake_gcs():
+    """A server that speaks Google's JSON API, for this process and its children."""
+    from tests.faults.gcs import FakeGcs
+
+    server = FakeGcs("bucket")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        patch.setenv("FSSPEC_GCS_TOKEN", "anon")
+        yield server
+    server.close()
+
+
+@pytest.fixture
+def gcs(fake_gcs, monkeypatch):
+    """The server with an empty bucket `bucket` and no faults; gcsfs makes no pause before it tries again."""
+    import asyncio
+    from types import SimpleNamespace
+
+    async def at_once(seconds):
+        await asyncio.sleep(0.001)
+
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=at_once))
+    fake_gcs.reset()
+    yield fake_gcs
+    fake_gcs.reset()

@@ -82,6 +82,17 @@ def _own_crc(data: bytes) -> str:
     return json.loads(data)["crc32c"]
 
 
+def parse(data: bytes) -> dict[str, Any]:
+    """What a manifest says: `step`, `files` (name -> size and crc32c) and its own `crc32c`. Raises ValueError if it is damaged."""
+    try:
+        found = json.loads(data)
+        if data != _encode(found["step"], found["files"]):
+            raise ValueError(f"{NAME} does not match its own crc32c")
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{NAME} is damaged") from e
+    return found
+
+
 def problems(folder: Path, step: int) -> list[str]:
     """What is wrong with the files of checkpoint `step`, one line each; empty where it is whole."""
     try:
@@ -89,11 +100,9 @@ def problems(folder: Path, step: int) -> list[str]:
     except OSError:
         return [f"{NAME} is missing: the checkpoint was never committed"]
     try:
-        found = json.loads(data)
-        if data != _encode(found["step"], found["files"]):
-            return [f"{NAME} does not match its own crc32c"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{NAME} is damaged"]
+        found = parse(data)
+    except ValueError as e:
+        return [str(e)]
     out = [] if found["step"] == step else [f"{NAME} is of step {found['step']}"]
     there = {p.relative_to(folder).as_posix(): p for p in walk(folder) if p != folder / NAME}
     out += [f"{name}: missing" for name in sorted(found["files"].keys() - there.keys())]

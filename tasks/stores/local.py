@@ -9,18 +9,22 @@ from trainer import manifest
 from trainer.errors import StorageError
 from trainer.files import fsync, fsync_tree, write_atomic
 
+from .base import IDENTITY, check_owner
+
 PART = ".part-"
 
 
 class LocalStore:
     """Copies of one run's checkpoints under `root/checkpoints`, and of its other files beside them."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, *, run_id: str):
+        self.root, self.run_id = root, run_id
+        self.address = str(root)
         self.checkpoints = root / "checkpoints"
 
     def published(self) -> dict[int, str]:
         """See Store.published. A copy has its name only once it was verified."""
+        self._check_owner()
         found = {}
         for step in manifest.steps_in(self.checkpoints):
             try:
@@ -34,6 +38,7 @@ class LocalStore:
         target = self.checkpoints / manifest.name_of(step)
         part = self.checkpoints / f"{PART}{target.name}"
         try:
+            self._check_owner()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for left in self.checkpoints.glob(f"{PART}*"):  # by what was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -70,3 +75,7 @@ class LocalStore:
             shutil.rmtree(gone, ignore_errors=True)
             os.rename(target, gone)  # at once: what is half deleted must not look like a copy
             shutil.rmtree(gone, ignore_errors=True)
+
+    def _check_owner(self) -> None:
+        identity = self.root / IDENTITY
+        check_owner(identity.read_bytes() if identity.exists() else None, self.run_id, self.address)

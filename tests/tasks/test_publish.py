@@ -68,7 +68,7 @@ def test_a_copy_that_does_not_arrive_whole_is_no_copy(place, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_a_retryable_error_with_its_name(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="file"):
-        LocalStore(tmp_path / "file").publish(1, tmp_path, {})
+        LocalStore(tmp_path / "file", run_id="r").publish(1, tmp_path, {})
 
 
 def test_the_newest_the_best_and_what_waits_for_its_copy_stay_and_copies_go_with_their_originals(place):
