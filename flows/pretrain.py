@@ -11,7 +11,6 @@ from configs.run import RunConfig, chunk_ends, has_onlookers, validates
 from tasks.data import prepare_data
 from tasks.evaluate import test, validate
 from tasks.logs import show_in_run
-from tasks.publish import tidy
 from tasks.refs import CheckpointRef, value_of
 from tasks.report import show_tables, write_report
 from tasks.summary import best_commit, has_test, result_of
@@ -25,8 +24,8 @@ log = logging.getLogger(__name__)
 @flow(
     name="pretrain",
     flow_run_name="{config.name}",
-    # For publishing alone: chunks are trained in the main thread, where signals arrive.
-    task_runner=cast(Any, ThreadPoolTaskRunner(max_workers=2)),
+    # For publishing alone, one after the other: chunks are trained in the main thread, where signals arrive.
+    task_runner=cast(Any, ThreadPoolTaskRunner(max_workers=1)),
     validate_parameters=True,
 )
 def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool = False) -> dict[str, Any]:
@@ -36,7 +35,12 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
     Returns what `everstep train --json` prints.
     """
     # Tasks would take over the flow run's tags; see tasks/__init__.py for why they must not.
-    with writing(config, run_dir, require_exact=require_exact) as writer, writer.stops.held(), TagsContext(current_tags=set()):
+    with (
+        writing(config, run_dir, require_exact=require_exact) as writer,
+        writer.stops.held(),
+        TagsContext(current_tags=set()),
+        Uploads(config, writer) as uploads,
+    ):
         writer.entered = True
         show_in_run()
         if not is_trained(config, writer.run_dir):
@@ -44,8 +48,7 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
             log.info("trains on %s", in_words(machine))
         data = value_of(prepare_data(config))
         ref = value_of(init_model(config, data))
-        uploads = Uploads(config, data, writer)
-        uploads.catch_up(ref)
+        uploads.begin(data, ref)
         if ref.step == 0:
             validate(config, ref)  # where learning began
         for end in chunk_ends(config):
@@ -58,7 +61,6 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
                 validate(config, ref)
             uploads.submit(ref)
             uploads.look()
-            tidy(config, writer.run_dir)
             report_progress(writer, ref)
             if ref.stop:
                 log.info("training ended at step %d: %s", ref.step, ref.stop)
@@ -69,9 +71,10 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
             test(config, best, ref.step)
         if has_onlookers(config):
             conclude(config)
-        uploads.finish()
-        tidy(config, writer.run_dir)
+        late = uploads.finish()
         write_report(config, data, best)
+        if late:
+            raise late
         result = result_of(config, writer.run_dir)
         writer.finish(result)
         writer.artifacts.close()

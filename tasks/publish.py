@@ -1,4 +1,4 @@
-"""The task that copies a commit to the store, and the removal of what nothing keeps any more."""
+"""The tasks that copy commits to the store and remove copies from it, and the removal here of what nothing keeps any more."""
 
 import itertools
 import json
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from configs.run import RunConfig, chunk_ends
 from trainer import manifest, rows
@@ -17,24 +18,30 @@ from trainer.retention import steps_to_delete
 from trainer.rundir import RunDir
 
 from .refs import CheckpointRef, DataRef, PublishedRef, already_done
-from .retry import WITH_STORE
 from .summary import best_of, store_of
+from .writer import current
 
 log = logging.getLogger(__name__)
 
 TRASH = ".trash"
+PATIENCE = 20.0  # seconds without progress after which a run that can go on without the store does so
 
 
-@task(task_run_name="publish[{ref.step}]", **WITH_STORE)
+@task(task_run_name="publish[{ref.step}]", cache_policy=NO_CACHE)
 def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run_dir: str) -> PublishedRef:
-    """Copy a commit to the store, verified, with what another machine needs to go on from it."""
-    place = RunDir(run_dir)
-    store = store_of(config, place)
+    """Copy a commit to the store, verified, with what another machine needs to go on from it.
+
+    A store that is away is waited for in here and not by Prefect's retries, whose pauses could not be cut off.
+    """
+    place, copies = RunDir(run_dir), current().copies
+    store = store_of(config, place, cut_off=lambda: copies.closed)
     assert store is not None, "a run that publishes nothing has no task for it"
-    if store.published().get(ref.step) == ref.manifest_crc32c:
-        return already_done(PublishedRef(step=ref.step, url=str(ref.step)), f"step {ref.step} is published")
+    known = copies.insist(lambda: copies.ask(store))
+    if known.get(ref.step) == ref.manifest_crc32c:
+        return already_done(PublishedRef(step=ref.step, url=store.address), f"step {ref.step} is published")
     folder = place.checkpoints / manifest.name_of(ref.step)
-    history = [row for row in rows.read(place.metrics) if row["step"] <= ref.step]
+    newest = max([ref.step, *known])  # a copy that is made again must not take rows from newer ones
+    history = [row for row in rows.read(place.metrics) if row["step"] <= newest]
     others: dict[str, bytes | Path] = {
         "config.json": place.config,
         "run.json": place.identity,
@@ -42,10 +49,26 @@ def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run
         "tokenizer.json": Path(data.path) / "tokenizer.json",
         "data.json": Path(data.path) / "manifest.json",
     }
-    url = store.publish(ref.step, folder, others)
-    place.event("published", step=ref.step, url=os.path.relpath(url, place.path) if Path(url).is_relative_to(place.path) else url)
+    url = copies.insist(lambda: store.publish(ref.step, folder, others))
+    copies.add(ref.step, ref.manifest_crc32c)
+    shown = os.path.relpath(url, place.path) if Path(url).is_relative_to(place.path) else url
+    place.event("published", step=ref.step, url=shown, manifest_crc32c=ref.manifest_crc32c)
     log.info("published step %d to %s", ref.step, url)
     return PublishedRef(step=ref.step, url=url)
+
+
+@task(task_run_name="withdraw", cache_policy=NO_CACHE)
+def withdraw_copies(config: RunConfig, steps: dict[int, str], run_dir: str) -> None:
+    """Remove copies that nothing keeps, given by the crc32c of their manifests. One that stays is tried again with the next."""
+    copies = current().copies
+    store = store_of(config, RunDir(run_dir), cut_off=lambda: copies.closed)
+    assert store is not None
+    for step, crc in steps.items():
+        try:
+            store.delete(step)
+        except StorageError as e:
+            copies.add(step, crc)
+            log.warning("the copy of step %d is not removed: %s", step, e)
 
 
 def bring_back(config: RunConfig, run_dir: RunDir) -> list[int]:
@@ -53,20 +76,30 @@ def bring_back(config: RunConfig, run_dir: RunDir) -> list[int]:
 
     The newest whole checkpoint is where a run goes on from, so only newer ones and the best are looked at.
     """
-    store = store_of(config, run_dir)
+    store = store_of(config, run_dir, stall=PATIENCE)
     if store is None:
         return []
     whole = manifest.newest_whole(run_dir.checkpoints)
     here = manifest.steps_in(run_dir.checkpoints)
     wanted = {step for step in here if whole is None or step > whole.step} | ({best_of(config, run_dir)} & set(here))
-    if whole is None and rows.read(run_dir.metrics):
-        wanted |= set(list(store.published())[-1:])
+    # What was never committed has no copy: training makes it.
+    lost = {step for step in wanted if step is not None and _is_damaged(run_dir, step)}
+    forgotten = whole is None and bool(rows.read(run_dir.metrics))
+    if not (lost or forgotten):
+        return []  # the usual case, in which the store is not asked
+    try:
+        published = store.published()
+    except StorageError as e:
+        if whole is None:
+            raise
+        log.warning("%s; the run goes on from step %d, which is whole here", e, whole.step)
+        return []
+    if forgotten:
+        lost |= set(list(published)[-1:])
     back = []
-    for step in sorted(step for step in wanted & store.published().keys() if step is not None):
+    for step in sorted(lost & published.keys()):
         folder = run_dir.checkpoints / manifest.name_of(step)
         wrong = manifest.problems(folder, step)
-        if folder.exists() and (not wrong or not (folder / manifest.NAME).exists()):
-            continue  # whole, or never committed: training makes it
         try:
             if folder.exists():
                 set_aside(run_dir, step, wrong)
@@ -80,6 +113,11 @@ def bring_back(config: RunConfig, run_dir: RunDir) -> list[int]:
     return back
 
 
+def _is_damaged(run_dir: RunDir, step: int) -> bool:
+    folder = run_dir.checkpoints / manifest.name_of(step)
+    return (folder / manifest.NAME).exists() and bool(manifest.problems(folder, step))
+
+
 def set_aside(run_dir: RunDir, step: int, wrong: list[str]) -> None:
     """Move a damaged checkpoint to damaged/, where nothing reads it."""
     damaged = run_dir.path / "damaged"
@@ -89,24 +127,23 @@ def set_aside(run_dir: RunDir, step: int, wrong: list[str]) -> None:
     log.warning("checkpoint %d was set aside in damaged/%s: %s", step, target.name, "; ".join(wrong[:3]))
 
 
-def tidy(config: RunConfig, run_dir: RunDir) -> list[int]:
-    """Remove the checkpoints that nothing keeps, here and in the store; returns their steps. Never the newest, never the best."""
+def tidy(config: RunConfig, run_dir: RunDir, published: Mapping[int, str]) -> list[int]:
+    """Remove the checkpoints that nothing keeps; returns their steps, and those of copies that nothing keeps. Never the newest or best.
+
+    `published` are the copies that are known of; what is not known to have one is kept.
+    """
     here = set(manifest.steps_in(run_dir.checkpoints))
-    store = store_of(config, run_dir)
-    published = store.published() if store else {}
+    publishes = config.publish.kind != "none"
     # Only ends of chunks are published. A copy of an earlier training of the step does not count.
-    waiting = {step for step in here & set(chunk_ends(config)) if not is_published(run_dir, step, published)} if store else set()
+    waiting = {step for step in here & set(chunk_ends(config)) if not is_published(run_dir, step, published)} if publishes else set()
     # A copy whose original was set aside as damaged counts like one that is here: it is what can repair it.
     steps = sorted(here | published.keys())
     gone = steps_to_delete(steps, best=best_of(config, run_dir), unpublished=waiting, config=config.checkpoint)
     trash = run_dir.checkpoints / TRASH
     shutil.rmtree(trash, ignore_errors=True)
-    for step in gone:
-        if step in here:
-            trash.mkdir(exist_ok=True)
-            os.rename(run_dir.checkpoints / manifest.name_of(step), trash / manifest.name_of(step))
-        if store:
-            store.delete(step)
+    for step in here.intersection(gone):
+        trash.mkdir(exist_ok=True)
+        os.rename(run_dir.checkpoints / manifest.name_of(step), trash / manifest.name_of(step))
     shutil.rmtree(trash, ignore_errors=True)
     return gone
 

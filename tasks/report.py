@@ -141,8 +141,11 @@ def show(config: RunConfig, run_dir: RunDir, artifacts: Artifacts, *, text: str,
 
 def show_tables(config: RunConfig, run_dir: RunDir, artifacts: Artifacts) -> None:
     """The tables of validations and checkpoints in the UI."""
+    published = current().copies.known
     artifacts.table(artifact_key(config, "validations"), validations(run_dir), description=f"Validations of {config.name}")
-    artifacts.table(artifact_key(config, "checkpoints"), checkpoints(config, run_dir), description=f"Checkpoints of {config.name}")
+    artifacts.table(
+        artifact_key(config, "checkpoints"), checkpoints(config, run_dir, published), description=f"Checkpoints of {config.name}"
+    )
 
 
 def artifact_key(config: RunConfig, what: str) -> str:

@@ -2,11 +2,12 @@
 
 import json
 import logging
+from collections.abc import Callable, Collection
 from typing import Any
 
 from configs.run import RunConfig, chunk_ends, config_digest
 from trainer import manifest, rows
-from trainer.errors import RunDirError
+from trainer.errors import RunDirError, StorageError
 from trainer.retention import best_step
 from trainer.rundir import RunDir
 
@@ -16,14 +17,18 @@ from .writer import is_trained, last_step
 
 log = logging.getLogger(__name__)
 
+ANSWER = 15.0  # seconds without progress after which a store counts as away
 
-def store_of(config: RunConfig, run_dir: RunDir) -> Store | None:
-    """The store that the run is published to; None where it is published nowhere."""
+
+def store_of(
+    config: RunConfig, run_dir: RunDir, *, cut_off: Callable[[], bool] = lambda: False, stall: float | None = None
+) -> Store | None:
+    """The store that the run is published to; None where it is published nowhere. See make_store on when its calls end."""
     try:
         run_id = json.loads(run_dir.identity.read_text())["run_id"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise RunDirError(f"{run_dir.identity} cannot be read ({e}); bring it back from a published copy of the run") from e
-    return make_store(config.publish, run_dir, run_name=config.name, run_id=run_id)
+    return make_store(config.publish, run_dir, run_name=config.name, run_id=run_id, cut_off=cut_off, stall=stall)
 
 
 def best_of(config: RunConfig, run_dir: RunDir) -> int | None:
@@ -65,9 +70,22 @@ def is_finished(config: RunConfig, run_dir: RunDir) -> bool:
         return False
     last = last_step(config, run_dir)
     splits = {r["split"] for r in rows.read(run_dir.metrics) if r["step"] == last}
-    store = store_of(config, run_dir)
     validated = "val" in splits or last not in chunk_ends(config)
-    return validated and ("test" in splits or not has_test(config)) and (store is None or last in store.published())
+    return validated and ("test" in splits or not has_test(config)) and has_copy(config, run_dir, last)
+
+
+def has_copy(config: RunConfig, run_dir: RunDir, step: int) -> bool:
+    """Whether a step's checkpoint is published, or need not be. Where the store does not answer in time, what is on record counts."""
+    store = store_of(config, run_dir, stall=ANSWER)
+    if store is None:
+        return True
+    try:
+        return step in store.published()
+    except StorageError as e:
+        log.warning("%s; whether step %d is published is taken from the run's own events", e, step)
+    crc = commit_of(run_dir, step).manifest_crc32c
+    done = [e for e in run_dir.read_events() if e["event"] == "published" and e.get("step") == step]
+    return bool(done) and done[-1].get("manifest_crc32c") == crc and str(done[-1].get("url", "")).startswith(store.address)
 
 
 def report_mark(config: RunConfig) -> str:
@@ -98,10 +116,9 @@ def validations(run_dir: RunDir) -> list[dict[str, Any]]:
     return [{"step": r["step"], **{k: round(r[k], 4) for k in wanted if r.get(k) is not None}} for r in found]
 
 
-def checkpoints(config: RunConfig, run_dir: RunDir) -> list[dict[str, Any]]:
-    """One row per committed checkpoint: step, size, whether it is published and the best."""
-    store = store_of(config, run_dir)
-    published, best = (store.published() if store else {}), best_of(config, run_dir)
+def checkpoints(config: RunConfig, run_dir: RunDir, published: Collection[int]) -> list[dict[str, Any]]:
+    """One row per committed checkpoint: step, size, whether it is among the published and the best."""
+    best = best_of(config, run_dir)
     out = []
     for step in manifest.steps_in(run_dir.checkpoints):
         folder = run_dir.checkpoints / manifest.name_of(step)

@@ -24,6 +24,7 @@ from trainer.rows import Rows
 from trainer.rundir import EARLY_STOP, RunDir, WriterLock
 
 from .artifacts import Artifacts
+from .copies import Copies
 from .session import Session, make_session
 from .stop import StopRequests, was_asked
 
@@ -45,6 +46,7 @@ class Writer:
         self.on_result: Callable[[dict[str, Any]], None] = lambda result: None
         self.listeners: list[Callable[[str, Any], None]] = []  # told of rows and signs of life, in the thread that waits for them
         self.stops = StopRequests(at_once=lambda: note_stop(run_dir, "a second request"))
+        self.copies = Copies()
         self.session: Session = make_session(config, run_dir, lock_fd, listener=self.tell, require_exact=require_exact, stops=self.stops)
 
     @functools.cached_property

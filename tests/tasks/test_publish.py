@@ -76,14 +76,16 @@ def test_the_newest_the_best_and_what_waits_for_its_copy_stay_and_copies_go_with
     rows = Rows(run_dir.metrics)
     for step, loss in [(10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, 2.5)]:
         rows.append("val", step, {"loss": loss})
-    assert tidy(config, run_dir) == [0, 10]
+    assert tidy(config, run_dir, store.published()) == [0, 10]
     assert manifest.steps_in(run_dir.checkpoints) == [20, 30, 40, 50]  # best, unpublished, the newest two
+    store.delete(10)
     assert sorted(store.published()) == [20, 40, 50]
+    assert tidy(config, run_dir, {}) == [], "what is not known to have a copy is kept"
 
 
 def test_commits_within_a_chunk_are_not_kept_for_ever(place):
-    config, run_dir, _ = place([10, 13, 16, 20], [10, 20])
-    assert tidy(config, run_dir) == [10, 13]
+    config, run_dir, store = place([10, 13, 16, 20], [10, 20])
+    assert tidy(config, run_dir, store.published()) == [10, 13]
 
 
 def test_a_damaged_newest_checkpoint_is_brought_back_from_its_copy(place):
