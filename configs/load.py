@@ -81,22 +81,34 @@ def to_json(config: RunConfig) -> str:
 
 
 def read_config(path: Path, *, trust_code: bool = True) -> RunConfig:
-    """The config of the run directory `path` (or of a config.json).
+    """The config of the run directory `path` (or of a config.json); see parse_config.
 
-    Without `trust_code` a `kind` that is an import path is refused instead of imported. Raises RunDirError where there
-    is no config or it is damaged.
+    Raises RunDirError where there is no config or it is damaged.
     """
     file = path / CONFIG_FILE if path.is_dir() else path
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return RunConfig.from_dict(RunConfig, data, strict_classname_parsing=not trust_code)
+        return parse_config(file.read_text(encoding="utf-8"), str(file), trust_code=trust_code)
     except FileNotFoundError as e:
         raise RunDirError(f"{path} is not a run directory: there is no {file.name} in it") from e
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8
+        raise RunDirError(f"{file} cannot be read: {e}; take it from a published copy of the run") from e
+
+
+def parse_config(text: str, source: str, *, trust_code: bool = True) -> RunConfig:
+    """The config that a config.json says, which was found at `source`.
+
+    Without `trust_code` a `kind` that is an import path is refused instead of imported, by a ConfigError. Raises RunDirError
+    for what is no config.
+    """
+    data: Any = None
+    try:
+        data = json.loads(text)
+        return RunConfig.from_dict(RunConfig, data, strict_classname_parsing=not trust_code)
     except ValidationError as e:
         lines = "; ".join(map(str, problems(e, RunConfig, data)))
-        raise RunDirError(f"{file} is not a config of this version of everstep: {lines}") from e
-    except (OSError, ValueError) as e:  # ValueError: neither UTF-8 nor JSON
-        raise RunDirError(f"{file} cannot be read: {e}; take it from a published copy of the run") from e
+        raise RunDirError(f"{source} is not a config of this version of everstep: {lines}") from e
+    except ValueError as e:  # no JSON
+        raise RunDirError(f"{source} cannot be read: {e}; take it from a published copy of the run") from e
 
 
 def _find(preset: str, folders: Sequence[Path]) -> _Source:

@@ -50,12 +50,34 @@ def train(
 
 
 @app.command
-def resume(run: RunPath, *, require_exact: RequireExact = False, as_json: Json = False) -> None:
-    """Go on with a run from its newest commit."""
+def resume(
+    run: RunPath,
+    *,
+    run_dir: Annotated[
+        Path | None, Parameter(name="--run-dir", help="Of a run given by address: where it lives here; else runs/NAME.")
+    ] = None,
+    trust_code: Annotated[
+        bool, Parameter(name="--trust-code", negative="", help="Of an address: import the code its config names.")
+    ] = False,
+    require_exact: RequireExact = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a run from its newest commit; given by the address of its copies, on a machine that has nothing else of it."""
     from configs.load import read_config
 
-    path = run_path(run)
+    path = _adopted(run, run_dir, trust_code=trust_code) if "://" in run else run_path(run)
+    if run_dir is not None and "://" not in run:
+        raise ConfigError(f"--run-dir {run_dir} is for a run given by address; {run} is where it lives already")
     _train(read_config(path), path, require_exact=require_exact, as_json=as_json)
+
+
+def _adopted(address: str, run_dir: Path | None, *, trust_code: bool) -> Path:
+    from tasks.adopt import adopt
+
+    say(f"looking at {address}")
+    path = adopt(address, run_dir, trust_code=trust_code)
+    say(f"the run is in {shown(path)} now, as it was published")
+    return path
 
 
 def _train(config: Any, run_dir: Path | None, *, require_exact: bool, as_json: bool) -> None:
@@ -127,9 +149,10 @@ def status(run: RunPath | None = None, *, watch: bool = False, as_json: Json = F
         answer({"runs": show.all_runs(Path("runs"), quiet=as_json)}, as_json=as_json)
         next_step("everstep status RUN")
         return
-    path = run_path(run)
+    path = run_path(run, weights="none")
     found = show.status(path, watch=watch, quiet=as_json)
-    next_step(f"everstep resume {shown(path)}" if found["status"] != "done" else f"everstep generate {shown(path)} --prompt 'The function'")
+    where = run if "://" in run else shown(path)
+    next_step(f"everstep resume {where}" if found["status"] != "done" else f"everstep generate {where} --prompt 'The function'")
     answer(found, as_json=as_json)
 
 
@@ -150,7 +173,7 @@ def verify(run: RunPath, *, as_json: Json = False) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a card may be busy training
     from trainer.checkpoint import verify as check
 
-    path = run_path(run)
+    path = run_path(run, weights="all")
     found = check(path)
     for row in found:
         state = f"params {row['params_sha256'][:16]}  state {row['state_sha256'][:16]}" if row["ok"] else "; ".join(row["problems"])

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -12,11 +12,18 @@ from trainer.errors import RunDirError
 from .console import say
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout; everything else goes to stderr.")]
-RunPath = Annotated[str, Parameter(help="A run directory, or its name under runs/.")]
+RunPath = Annotated[str, Parameter(help="A run directory, its name under runs/, or the address of its published copies, gs://...")]
 
 
-def run_path(run: str) -> Path:
-    """The directory of a run, given as such or by its name. Raises RunDirError if there is none."""
+def run_path(run: str, *, weights: Literal["newest", "all", "none"] = "newest") -> Path:
+    """The directory of a run, given as such or by its name. Raises RunDirError if there is none.
+
+    Of an address, a directory below the cache into which is fetched what is published there: of its checkpoints, `weights`.
+    """
+    if "://" in run:
+        from tasks.adopt import look_at
+
+        return look_at(run, weights=weights)
     for path in (Path(run), Path("runs", run)):
         if (path / "config.json").exists():
             return path.absolute()

@@ -65,7 +65,9 @@ def facts(path: Path) -> dict[str, Any]:
     place = RunDir(path)
     config = read_config(path)
     events, metrics = place.read_events(), rows.read(place.metrics)
-    newest, running = newest_step(place), is_running(place)
+    published = sorted({e["step"] for e in events if e["event"] == "published"})
+    running = is_running(place)
+    newest = newest_step(place) if place.checkpoints.exists() else max(published, default=None)  # of an address, only looked at
     ended = early_stop(config, place)
     total = ended["step"] if ended else config.num_steps
     trained = newest == total
@@ -73,7 +75,6 @@ def facts(path: Path) -> dict[str, Any]:
     train = [r for r in metrics if r["split"] == "train"]
     last = train[-1] if train else {}
     seconds = last.get("time_step_s")
-    published = sorted({e["step"] for e in events if e["event"] == "published"})
     step = max([newest or 0, last.get("step", 0)])
     stopped: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("stopped", "ended", "failed", "finished", "started")), {})
     return {

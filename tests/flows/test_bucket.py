@@ -1,13 +1,22 @@
 """A run that publishes to a bucket: an outage delays nothing but the copies, and the bucket alone is enough to go on."""
 
+import pickle
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 
+from configs.load import read_config
+from flows.shell import run_path
+from flows.show import facts
+from tasks.adopt import adopt
+from tasks.preparation import prepare
 from tasks.summary import is_finished
+from tasks.writer import writing
 from trainer import manifest, rows
 from trainer.checkpoint import verify
-from trainer.errors import StorageError
+from trainer.errors import ConfigError, DataError, RunDirError, StoppedError, StorageError
 from trainer.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("api_url")
@@ -93,3 +102,95 @@ def test_a_store_that_stays_away_fails_the_end_with_what_is_missing_and_the_next
     gcs.fault = lambda method, path: None
     run(config, tmp_path / "run")
     assert steps_in_bucket(gcs) == [2]
+
+
+@pytest.fixture
+def interrupted(config, reference, kept, gcs, short_pauses):
+    """What lies in the bucket of a run that was stopped in its last chunk on a machine that is lost; its address."""
+    if not (kept / "objects").exists():
+        path = kept / "lost"
+
+        def stop_in_last_chunk(kind, value):
+            if kind == "beat" and value["step"] == 5:
+                deadline = time.monotonic() + 20
+                while [e["step"] for e in events(path, "published")] != [2, 4]:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+                gcs.fault = lambda method, path: "hang"
+                writer.stops.asked = True
+
+        with pytest.raises(StoppedError), writing(config, path) as writer:
+            writer.listeners.append(stop_in_last_chunk)
+            run(config, path)
+        gcs.fault = lambda method, path: None
+        shutil.rmtree(path)
+        (kept / "objects").write_bytes(pickle.dumps(gcs.buckets["bucket"]))
+    gcs.buckets["bucket"] = pickle.loads((kept / "objects").read_bytes())
+    (name,) = {n.split("/")[1] for n in gcs.buckets["bucket"]}
+    return f"gs://bucket/runs/{name}"
+
+
+def test_the_address_alone_is_enough_to_end_on_the_same_bits_and_rows(interrupted, reference, gcs, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERSTEP_CACHE", str(tmp_path / "cache"))  # data is prepared again
+    path = adopt(interrupted, tmp_path / "run")
+    assert manifest.newest_whole(path / "checkpoints").step == 4
+    before = len(gcs.log)
+    assert adopt(interrupted, tmp_path / "run") == path
+    assert not [p for _, p in gcs.log[before:] if "params" in p], "what is here is not fetched again"
+    run(read_config(path), path)
+    assert digests(path)[6] == digests(reference)[6]
+    assert stable_rows(path) == stable_rows(reference)
+    assert 6 in steps_in_bucket(gcs)
+
+
+def test_on_a_machine_whose_data_is_other_the_run_is_refused(interrupted, kept, tmp_path, monkeypatch):
+    path = adopt(interrupted, tmp_path / "run")
+    monkeypatch.setenv("EVERSTEP_CACHE", str(tmp_path / "cache"))
+    file = next((kept / "texts").iterdir())
+    text = file.read_text()
+    file.write_text("other words altogether")
+    try:
+        config = read_config(path)
+        with pytest.raises(DataError, match="was trained on data"), writing(config, path) as writer:
+            writer.session.data = Path(prepare(config.data).path)
+            writer.session.open()
+    finally:
+        file.write_text(text)
+
+
+def test_a_directory_of_another_run_is_refused_and_one_that_was_cut_off_is_filled(interrupted, micro, tmp_path, gcs):
+    with writing(micro("name=other"), tmp_path / "other"):
+        pass
+    with pytest.raises(RunDirError, match=r"choose another --run-dir"):
+        adopt(interrupted, tmp_path / "other")
+    gcs.fault = lambda method, path: "403" if "params" in path and "download" in path else None
+    with pytest.raises(StorageError, match="may not do that"):
+        adopt(interrupted, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    gcs.fault = lambda method, path: None
+    assert manifest.newest_whole(adopt(interrupted, tmp_path / "run") / "checkpoints").step == 4
+
+
+def test_a_run_that_was_moved_in_the_bucket_is_published_to_where_it_lies_now(interrupted, tmp_path, gcs):
+    objects, name = gcs.buckets["bucket"], interrupted.rpartition("/")[2]
+    gcs.buckets["bucket"] = {key.replace("runs/", "moved/", 1): data for key, data in objects.items()}
+    path = adopt(f"gs://bucket/moved/{name}", tmp_path / "run")
+    assert read_config(path).publish.url == "gs://bucket/moved"
+
+
+def test_a_config_that_names_code_is_opened_only_by_who_trusts_it(interrupted, tmp_path, gcs):
+    name = next(n for n in gcs.buckets["bucket"] if n.endswith("/config.json"))
+    text = gcs.buckets["bucket"][name].decode()
+    gcs.buckets["bucket"][name] = text.replace('"kind": "lm"', '"kind": "evil:Config"').encode()
+    assert gcs.buckets["bucket"][name] != text.encode()
+    with pytest.raises(ConfigError, match=r"evil:Config(.|\n)*--trust-code"):
+        adopt(interrupted, tmp_path / "run")
+
+
+def test_status_and_verify_read_an_address(interrupted, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("EVERSTEP_CACHE", str(tmp_path / "cache"))
+    found = facts(run_path(interrupted, weights="none"))
+    assert (found["last_commit"], found["total"], found["published"]) == (4, 6, found["published"]) and 4 in found["published"]
+    assert not list((tmp_path / "cache").rglob("MANIFEST.json"))
+    checked = verify(run_path(interrupted, weights="all"))
+    assert [c["step"] for c in checked] == found["published"][-len(checked) :] and all(c["ok"] for c in checked)
