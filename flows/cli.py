@@ -312,11 +312,17 @@ def config_diff(*words: str, as_json: Json = False) -> None:
 
 
 @app.command
-def doctor(*, as_json: Json = False) -> None:
+def doctor(
+    *,
+    storage: Annotated[
+        str | None, Parameter(help="A place for copies, gs://BUCKET/PREFIX or a folder: a file is written, read, deleted.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Look at what this machine offers a run, and say what is wrong and how to mend it."""
     from . import use
 
-    found = use.doctor()
+    found = use.doctor(storage)
     for check in () if as_json else found:
         say(
             f"{'ok ' if check['ok'] else 'BAD'}  {check['what']:<12} {check['found']}"

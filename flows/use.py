@@ -179,9 +179,10 @@ def _bytes(shapes: Any) -> tuple[int, int]:
     return whole, own
 
 
-def doctor() -> list[dict[str, Any]]:
-    """Checks, each with what was found and, where that is bad, the cure."""
-    return [_check(name, look) for name, look in CHECKS.items()]
+def doctor(storage: str | None = None) -> list[dict[str, Any]]:
+    """Checks, each with what was found and, where that is bad, the cure; `storage` is a place for copies to be tried."""
+    checks = {**CHECKS, **({"storage": lambda: _storage(storage)} if storage else {})}
+    return [_check(name, look) for name, look in checks.items()]
 
 
 def _check(what: str, look: Callable[[], str]) -> dict[str, Any]:
@@ -255,6 +256,15 @@ def _server() -> str:
     began = time.monotonic()
     with server() as url:
         return f"one of its own came up in {time.monotonic() - began:.1f} s"
+
+
+def _storage(address: str) -> str:
+    from tasks.stores.probe import Unusable, probe
+
+    try:
+        return probe(address)
+    except Unusable as e:
+        raise Bad(*e.args) from e
 
 
 CHECKS: dict[str, Callable[[], str]] = {"python": _python, "devices": _devices, "cache": _cache, "runs": _runs, "prefect": _server}
