@@ -134,7 +134,7 @@ class RunConfig(Config):
         borders = {
             "num_steps": self.num_steps,
             "chunk_steps": self.chunk_steps if self.chunk_steps < self.num_steps else None,
-            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.every": self.checkpoint.every if isinstance(self.checkpoint.every, int) else None,  # a clock's finds a border
             "trainer.logger.log_every_n_steps": logger.log_every_n_steps if logger else None,
         }
         if problem := misfit(self.trainer.steps_per_dispatch, borders):

@@ -6,23 +6,32 @@ between calls, so a life that begins anew answers as the one before it did.
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from .config import Config
+from .spacing import seconds_of
 
 
 class CheckpointConfig(Config):
     """When checkpoints are committed and which of them stay."""
 
-    every: int | None = Field(None, ge=1)  # steps; commits within a chunk at its multiples; None: only at chunk ends
+    # Commits within a chunk: at multiples of so many steps, after so long ("90s", "10m", "2h"), as often as it pays ("auto"); None: none.
+    every: Annotated[int, Field(ge=1)] | str | None = None
     keep_latest: int = Field(3, ge=1)  # so many of the newest stay
     keep_every: int | None = Field(None, ge=1)  # steps; its multiples stay for good; None: off
     monitor: str = Field("loss", min_length=1)  # the value of the validation rows whose best step stays
     monitor_mode: Literal["min", "max"] = "min"
     device_digest: Literal["sampled", "full", "off"] = "sampled"  # of the values on the devices, compared after a restore
     root: str | None = None  # None: in the run directory
+
+    @field_validator("every")
+    @classmethod
+    def _spacing(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str):
+            seconds_of(value)
+        return value
 
     @field_validator("root")
     @classmethod

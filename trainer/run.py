@@ -18,6 +18,7 @@ import jax
 from . import loop, manifest, metrics
 from .assemble import TrainingConfig
 from .checkpoint import Checkpoints
+from .commits import Commits
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
 from .errors import CheckpointError, ConfigError, DamagedError, DataError, StoppedError
 from .fingerprint import differences, fingerprint
@@ -27,8 +28,10 @@ from .module import TrainerModule
 from .onlookers import Onlookers
 from .progress import Progress
 from .restore import state_to_evaluate
+from .retention import steps_to_delete
 from .rows import Rows, as_recorded, find, read
 from .rundir import RunDir
+from .spacing import Spacing
 from .state import TrainState
 from .throughput import Stopwatch, stopwatch
 
@@ -67,7 +70,8 @@ class Run:
         self.fingerprint = fingerprint(trainer.mesh) | trainer.mesh_config.dtypes()
         self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else None  # None: one row, at the end
         self.window: Any = None
-        self._committed = -1
+        spacing = Spacing(config.checkpoint.every, run_dir.read_events)
+        self.commits = Commits(self.store, run_dir, self.progress, spacing, told=self.onlookers.feed)
         self._stopwatch: Stopwatch | None = None
         self._evaluates = False  # the evaluation is compiled
 
@@ -111,12 +115,12 @@ class Run:
             return self._ended(self._commit_of(self.step))
         if self.should_stop():
             raise StoppedError(f"stopped at step {self.step}, which is committed; go on with `everstep resume`", step=self.step)
-        every, stopping = self.config.checkpoint.every, False
+        stopping, within = False, list[int]()  # a stop was asked for; steps committed on the way
 
         def wants_commit(at: int) -> bool:
             nonlocal stopping
             stopping = stopping or self.should_stop()
-            return stopping or at == step or bool(every and at % every == 0)
+            return stopping or at == step or self.commits.spacing.due(at)
 
         if self._stopwatch is None or self._stopwatch.step != self.step:
             self._stopwatch = stopwatch(self.trainer, [self.window], step=self.step)
@@ -129,12 +133,18 @@ class Run:
         )
         for record in self._stopwatch.watch(self._watched(records)):
             self._take(record)
-            if record.settled and (self.onlookers.take_save() or self.onlookers.stop_reason or wants_commit(record.step)):
-                commit = self._commit()
-                if self.onlookers.stop_reason:
-                    return self._ended(commit)
-                if stopping and record.step < step:
-                    raise StoppedError(f"stopped at step {record.step}, which is committed; go on with `everstep resume`", step=record.step)
+            self.commits.look()
+            if not record.settled or not (self.onlookers.take_save() or self.onlookers.stop_reason or wants_commit(record.step)):
+                continue
+            last = stopping or record.step == step or self.onlookers.stop_reason is not None
+            if not last:
+                self._begin_commit(within)
+                continue
+            commit = self._commit()
+            if self.onlookers.stop_reason:
+                return self._ended(commit)
+            if record.step < step:
+                raise StoppedError(f"stopped at step {record.step}, which is committed; go on with `everstep resume`", step=record.step)
         return commit
 
     def _watched(self, records: Iterable[loop.Record]) -> Iterator[loop.Record]:
@@ -200,7 +210,7 @@ class Run:
     def close(self, status: str = "stopped") -> None:
         """Tell callbacks and loggers how this life ended, and let go of the checkpoints; nothing uncommitted becomes committed."""
         self.onlookers.finalize(status)
-        self.store.close()
+        self.commits.close()
 
     def _refuse_to_forget(self) -> None:
         """A run that was committed before is not begun anew because all of its checkpoints are damaged."""
@@ -229,7 +239,7 @@ class Run:
             )
         self._compare_environment(meta["fingerprint"], step)
         self.trainer.state, self.trainer.global_step, self.window = found.state, step, found.window
-        self._committed = step
+        self.commits.newest = step
         self.onlookers.set_state(found.extra, stop_reason=meta.get("stop"))
         self.loader.set_state(meta["loader"]["train"])
         self.rows.cut(step)
@@ -250,20 +260,25 @@ class Run:
         log.warning("the environment changed since step %d, so bits may differ from here on: %s", step, "; ".join(changed))
 
     def _commit(self) -> Commit:
-        began, step = time.monotonic(), self.step
-        with self.progress.within("save"):
-            self.store.save(self.trainer.state, self.window, self._meta(), self.onlookers.get_state())
-            if self._cut_short(step):  # of its row the callbacks learn when their states are taken: if the run goes on, there was none
-                self._write_row(step, self.window.on_host())
-            self.rows.sync()
-            commit = self.store.finish()
-        self._committed = commit.step
-        seconds = time.monotonic() - began
-        self.run_dir.event("committed", step=commit.step, seconds=round(seconds, 3))
-        log.info("committed step %d in %.2f s", commit.step, seconds)
-        with self.progress.within("callbacks"):
-            self.onlookers.feed(self._committed)
+        """Commit the state in memory; returns when that is final."""
+        self.commits.begin(self._hand_over)
+        commit = self.commits.settle()
+        assert commit is not None and commit.step == self.step
         return commit
+
+    def _begin_commit(self, within: list[int]) -> None:
+        """Commit the state in memory beside the training, one of those `within` a chunk, of which few are kept."""
+        self.commits.settle()
+        gone = steps_to_delete(within, best=None, unpublished=(), config=self.config.checkpoint)
+        self.store.remove(gone)
+        within[:] = [*(s for s in within if s not in gone), self.step]
+        self.commits.begin(self._hand_over)
+
+    def _hand_over(self) -> None:
+        self.store.save(self.trainer.state, self.window, self._meta(), self.onlookers.get_state())
+        if self._cut_short(self.step):  # of its row the callbacks learn when their states are taken: if the run goes on, there was none
+            self._write_row(self.step, self.window.on_host())
+        self.rows.sync()
 
     def _commit_of(self, step: int) -> Commit:
         return Commit(step, manifest.own_crc(self.store.root / name_of(step)))
@@ -322,7 +337,7 @@ class Run:
             self.rows.sync()
             self.on_row(split, step, values)
             with self.progress.within("callbacks"):
-                self.onlookers.feed(self._committed)
+                self.onlookers.feed(self.commits.newest)
 
     def _state_of(self, step: int) -> TrainState:
         return self.trainer.state if step == self.step else state_to_evaluate(self.trainer, self.run_dir.path, step)

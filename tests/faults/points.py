@@ -78,13 +78,15 @@ class Harness:
     def live(self, path: Path) -> None:
         """One life of a run in `path`, to its end."""
         from configs.run import chunk_ends
-        from tasks.publish import bring_back, publish_checkpoint, tidy
+        from tasks.publish import bring_back, publish_checkpoint, tidy, withdraw_copies
         from tasks.summary import best_commit
         from tasks.train import _ref
         from tasks.writer import writing
 
         with writing(self.config, path) as writer:
             session: Any = writer.session
+            copies: Any = writer.copies
+            copies.insist = lambda work: work()  # a frozen disk stays so
             session._trainer, session.data = self.trainer, Path(self.data.path)
             bring_back(self.config, writer.run_dir)
             ref = _ref(session.open())
@@ -95,7 +97,11 @@ class Harness:
                 if end == ref.step:
                     session.evaluate(end, "val", row=end)
                     publish_checkpoint.fn(self.config, ref, self.data, str(path))
-                    tidy(self.config, writer.run_dir)
+                    known = copies.known
+                    gone = {step: known[step] for step in tidy(self.config, writer.run_dir, known) if step in known}
+                    for step in gone:
+                        copies.remove(step)
+                    withdraw_copies.fn(self.config, gone, str(path))
             best = best_commit(self.config, writer.run_dir, ref)
             session.evaluate(best.step, "test", row=ref.step)
 
@@ -110,7 +116,10 @@ class Harness:
             "rows": sorted(json.dumps({"step": r["step"], "split": r["split"], **rows.stable(rows.values_of(r))}) for r in found),
             "published": {s: manifest.problems(path / "published/checkpoints" / manifest.name_of(s), s) for s in published(path)},
             "litter": sorted(
-                p.name for folder in ("checkpoints", "published/checkpoints") for p in (path / folder).iterdir() if not p.name.isdigit()
+                p.name
+                for folder in ("checkpoints", "published/checkpoints")
+                for p in (path / folder).iterdir()
+                if not p.name.isdigit() and not p.name.endswith("-deleted")  # which goes with the next upload
             ),
         }
 
@@ -156,9 +165,9 @@ def harness(folder: Path) -> Harness:
     texts.mkdir()
     for i in range(120):
         (texts / f"{i:03}.txt").write_text(" ".join(str((i * 7 + k) % 50) for k in range(40 + i)))
-    words = "num_steps=6 chunk_steps=2 model.vocab_size=257 model.width=16 model.num_layers=1 model.num_heads=2 model.num_kv_heads=1"
+    words = "num_steps=6 chunk_steps=3 model.vocab_size=257 model.width=16 model.num_layers=1 model.num_heads=2 model.num_kv_heads=1"
     more = "data.seq_len=32 data.batch_size=4 data.val_fraction=0.1 data.test_fraction=0.1 optimizer.schedule.warmup_steps=2"
-    rest = "trainer.logger.log_every_n_steps=3 execution.mode=inline checkpoint.keep_latest=2 data.tokenizer.kind=byte"
+    rest = "trainer.logger.log_every_n_steps=3 execution.mode=inline checkpoint.keep_latest=2 checkpoint.every=1 data.tokenizer.kind=byte"
     last = ["data.tokenizer.vocab_size=null", "trainer.callbacks=[{kind: ema}]", f"data.path={texts}"]
     config = load("tiny", [*words.split(), *more.split(), *rest.split(), *last])
     made = Harness(config)
