@@ -58,6 +58,11 @@ class Copies:
         """Whether nobody waits for copies any more."""
         return self._closed
 
+    def begin(self) -> None:
+        """Somebody waits for copies (again)."""
+        self._closed = self._ending = False
+        self._bell.clear()
+
     def hurry(self) -> None:
         """All is trained: try at once, and wait for nothing that does not pass by itself."""
         self._ending = True

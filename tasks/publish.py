@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from configs.run import RunConfig, chunk_ends
 from trainer import manifest, rows
-from trainer.errors import StorageError
+from trainer.errors import DamagedError, StorageError
 from trainer.retention import steps_to_delete
 from trainer.rundir import RunDir
 
@@ -49,7 +49,12 @@ def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run
         "tokenizer.json": Path(data.path) / "tokenizer.json",
         "data.json": Path(data.path) / "manifest.json",
     }
-    url = copies.insist(lambda: store.publish(ref.step, folder, others))
+    try:
+        url = copies.insist(lambda: store.publish(ref.step, folder, others))
+    except DamagedError:
+        if ref.step < manifest.steps_in(place.checkpoints)[-1]:  # the run does not need it; kept here, no end of the run would be well
+            set_aside(place, ref.step, manifest.problems(folder, ref.step))
+        raise
     copies.add(ref.step, ref.manifest_crc32c)
     shown = os.path.relpath(url, place.path) if Path(url).is_relative_to(place.path) else url
     place.event("published", step=ref.step, url=shown, manifest_crc32c=ref.manifest_crc32c)

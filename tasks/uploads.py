@@ -14,7 +14,7 @@ from prefect.futures import PrefectConcurrentFuture
 
 from configs.run import RunConfig, chunk_ends
 from trainer import manifest
-from trainer.errors import StorageError
+from trainer.errors import DamagedError, StorageError
 
 from .publish import publish_checkpoint, tidy, withdraw_copies
 from .refs import CheckpointRef, DataRef
@@ -38,6 +38,7 @@ class Uploads:
         self._failed: dict[int, Exception] = {}
 
     def __enter__(self) -> Self:
+        self._copies.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -64,6 +65,7 @@ class Uploads:
         for step, future in list(self._flying.items()):
             if _inner(future).done():  # the future's own `state` would ask the server
                 self._settle(step, future)
+        self._tidying = [future for future in self._tidying if not _inner(future).done()]
         known = {} if self._copies.closed else self._copies.known
         if gone := sorted(set(tidy(self._config, self._writer.run_dir, known)) & known.keys()):
             for step in gone:
@@ -103,7 +105,8 @@ class Uploads:
         try:
             future.result()
         except Exception as e:  # whatever it is, it is no reason to train no further
-            self._failed[step] = e
+            if not isinstance(e, DamagedError) or (self._writer.run_dir.checkpoints / manifest.name_of(step)).exists():
+                self._failed[step] = e
             log.warning("step %d is not published: %s", step, e)
 
 

@@ -24,7 +24,7 @@ class Store(Protocol):
         """Copy a committed checkpoint and the run's `others` (name -> content or file), verified; returns its address.
 
         A repeat goes on or begins anew. An older copy of the step is replaced. Raises StorageError, not to be tried again, where
-        the place is another run's.
+        the place is another run's, and DamagedError where the checkpoint itself is not whole.
         """
 
     def fetch(self, step: int, target: Path) -> None:

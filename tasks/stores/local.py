@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer import manifest
-from trainer.errors import StorageError
+from trainer.errors import DamagedError, StorageError
 from trainer.files import fsync, fsync_tree, write_atomic
 
 from .base import IDENTITY, check_owner
@@ -45,6 +45,8 @@ class LocalStore:
             shutil.copytree(checkpoint, part)
             fsync_tree(part)
             if wrong := manifest.problems(part, step):
+                if damage := manifest.problems(checkpoint, step):
+                    raise DamagedError(f"checkpoint {step} is damaged and not published: {'; '.join(damage[:3])}")
                 raise StorageError(f"the copy of checkpoint {step} in {self.root} is not whole: {'; '.join(wrong[:3])}; it is made again")
             for name, content in others.items():
                 write_atomic(self.root / name, content if isinstance(content, bytes) else content.read_bytes())

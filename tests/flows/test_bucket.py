@@ -93,6 +93,22 @@ def test_what_was_committed_during_an_outage_is_kept_and_drains_in_order_when_it
     assert is_finished(config, RunDir(reference))
 
 
+def test_a_checkpoint_that_is_damaged_before_it_is_published_is_set_aside_and_the_run_ends_well(config, gcs, tmp_path, short_pauses):
+    config, path, hurt = config.replace(num_steps=4), tmp_path / "run", []
+
+    def fault(method, request):
+        if any(e["step"] == 4 for e in events(path, "committed")):
+            if not hurt:
+                hurt.append(max((path / "checkpoints" / manifest.name_of(2)).rglob("*"), key=lambda p: p.stat().st_size))
+                hurt[0].write_bytes(hurt[0].read_bytes()[:-1] + b"?")
+            return None
+        return "503"
+
+    gcs.fault = fault
+    assert run(config, path)["status"] == "done"
+    assert steps_in_bucket(gcs) == [4] and [p.name for p in (path / "damaged").iterdir()] == ["2-1"]
+
+
 def test_a_store_that_stays_away_fails_the_end_with_what_is_missing_and_the_next_command_makes_it_up(config, gcs, tmp_path, short_pauses):
     config = config.replace(publish=config.publish.replace(wait_seconds=0.3), num_steps=2)
     gcs.fault = lambda method, path: "503"
@@ -122,6 +138,8 @@ def interrupted(config, reference, kept, gcs, short_pauses):
         with pytest.raises(StoppedError), writing(config, path) as writer:
             writer.listeners.append(stop_in_last_chunk)
             run(config, path)
+        (stopped,) = events(path, "stopped")
+        assert stopped["time"] - events(path, "committed")[-1]["time"] < 5, "a store that hangs does not hold a stop up"
         gcs.fault = lambda method, path: None
         shutil.rmtree(path)
         (kept / "objects").write_bytes(pickle.dumps(gcs.buckets["bucket"]))

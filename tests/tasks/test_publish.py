@@ -9,7 +9,7 @@ from tasks.stores import LocalStore
 from tasks.summary import best_commit, commit_of, store_of
 from tasks.writer import writing
 from trainer import manifest
-from trainer.errors import CheckpointError, RunDirError, StorageError
+from trainer.errors import CheckpointError, DamagedError, RunDirError, StorageError
 from trainer.rows import Rows
 
 
@@ -63,6 +63,39 @@ def test_a_copy_that_does_not_arrive_whole_is_no_copy(place, monkeypatch):
     monkeypatch.undo()
     store.publish(10, run_dir.checkpoints / manifest.name_of(10), {})
     assert list(store.published()) == [10]
+
+
+def test_a_damaged_original_is_not_copied_over_a_good_copy(place):
+    _, run_dir, store = place([10], [10])
+    damage(run_dir, 10)
+    with pytest.raises(DamagedError, match="params/data: other bytes"):
+        store.publish(10, run_dir.checkpoints / manifest.name_of(10), {})
+    assert list(store.published()) == [10]
+
+
+def test_a_place_of_another_run_is_refused(place):
+    _, run_dir, store = place([10], [10])
+    store.root.joinpath("run.json").write_text('{"run_id": "other"}')
+    for call in (store.published, lambda: store.publish(10, run_dir.checkpoints / manifest.name_of(10), {})):
+        with pytest.raises(StorageError, match="copies of run other"):
+            call()
+
+
+def test_a_bucket_repairs_what_is_damaged_and_where_it_is_away_the_run_goes_on_without(place, gcs):
+    config, run_dir, _ = place([10, 20, 30], [10, 20, 30], "publish.kind=gcs", "publish.url=gs://bucket/runs")
+    gcs.log.clear()
+    assert bring_back(config, run_dir) == [] and not gcs.log, "where all is whole the store is not asked"
+    damage(run_dir, 30)
+    gcs.fault = lambda method, path: "503"
+    assert bring_back(config, run_dir) == []
+    gcs.fault = lambda method, path: None
+    assert bring_back(config, run_dir) == [30]
+    assert manifest.newest_whole(run_dir.checkpoints).step == 30
+    damage(run_dir, 10, 20, 30)
+    gcs.fault = lambda method, path: "503"
+    Rows(run_dir.metrics).append("val", 30, {"loss": 1.0})
+    with pytest.raises(StorageError, match="503"):  # without a whole one here nothing is begun anew
+        bring_back(config, run_dir)
 
 
 def test_a_folder_that_cannot_be_written_is_a_retryable_error_with_its_name(tmp_path):
