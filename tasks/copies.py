@@ -85,8 +85,10 @@ class Copies:
                     self.trouble = None
                     return result
                 except StorageError as e:
+                    if self._closed:
+                        raise  # what it was before that is the reason
                     self.trouble = e
-                    if self._closed or (self._ending and not e.retryable):
+                    if self._ending and not e.retryable:
                         raise
                     log.warning("%s (again in %g s)", e, delay)
                 if self._bell.wait(delay) and not self._closed:

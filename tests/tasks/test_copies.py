@@ -63,6 +63,20 @@ def test_closing_cuts_a_pause_off():
     assert time.monotonic() - began < 5
 
 
+def test_what_is_told_is_why_the_store_failed_and_not_that_it_was_cut_off():
+    copies, errors = Copies(), iter([StorageError("away"), StorageError("cut off")])
+
+    def work():
+        error = next(errors)
+        if "cut" in str(error):
+            copies.close()
+        raise error
+
+    with pytest.raises(StorageError, match="cut off"):
+        copies.insist(work)
+    assert str(copies.trouble) == "away"
+
+
 def test_nothing_counts_as_published_before_the_store_was_asked():
     class Store:
         def published(self):
