@@ -59,10 +59,10 @@ bench-gpu: $(READY) ## on an accelerator: speed, utilisation, memory, a trace an
 kills: $(READY) ## kill a preparation 20 times at random and compare its shards (`make test` does it three times)
 	@EVERSTEP_KILLS=20 $(RUN) -m pytest --timeout 3000 tests/flows/test_prepare.py -k kill
 
-points: $(READY) ## stop a run at 200 drawn system calls that change its directory, and compare its end (POINTS=all: at each, an hour)
+points: $(READY) ## stop a run at 200 drawn system calls that change its directory, and compare its end (POINTS=all: at each, hours)
 	@$(RUN) -m tests.faults.points --points $(or $(POINTS),200) 2>/dev/null
 
-chaos-uploads: $(READY) ## publish 1,000 times to a bucket that fails 30 % of the time (`make test` does it 12 times)
+chaos-uploads: $(READY) ## publish 1,000 times to a bucket that fails 30 % of the time (`make test` does it 8 times)
 	@EVERSTEP_UPLOADS=1000 $(RUN) -m pytest --timeout 3000 tests/tasks/test_gcs.py -k hostile
 
 lock: .uv/.ready ## resolve requirements.lock anew

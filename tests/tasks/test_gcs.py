@@ -185,7 +185,7 @@ def until_it_works(call, after_each, tries=300):
     raise AssertionError(f"lost: {tries} tries were in vain")
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("EVERSTEP_UPLOADS", "12"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("EVERSTEP_UPLOADS", "8"))))
 def test_hostile_a_copy_arrives_whole_is_never_torn_and_comes_back_through_any_fault(gcs, tmp_path, monkeypatch, seed):
     """Three requests in ten fail in one of eight ways, and uploads are cut off at random; the last of three is of a step trained again."""
     rng, lock = random.Random(seed), threading.Lock()
