@@ -46,7 +46,8 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
         if not is_trained(config, writer.run_dir):
             machine = writer.session.start()  # what does not fit this machine is refused before anything is done
             log.info("trains on %s", in_words(machine))
-        data = value_of(prepare_data(config))
+        with writer.keeper.within("prepare"):
+            data = value_of(prepare_data(config))
         ref = value_of(init_model(config, data))
         uploads.begin(data, ref)
         if ref.step == 0:
@@ -93,5 +94,6 @@ def report_progress(writer: Writer, ref: CheckpointRef) -> None:
     """Bring the artifacts in the UI up to date; does not wait for them."""
     config = writer.config
     done = 100 * ref.step / config.num_steps
+    writer.note_time(ref.step)
     writer.artifacts.progress("progress", done, description=f"{config.name}: step {ref.step} of {config.num_steps}")
     show_tables(config, writer.run_dir, writer.artifacts)

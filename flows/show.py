@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.load import read_config
 from configs.run import config_digest
+from tasks.goodput import books_of, goodput
 from tasks.summary import has_test
 from tasks.writer import early_stop, newest_step
 from trainer import rows
@@ -68,7 +69,7 @@ def facts(path: Path) -> dict[str, Any]:
     published = sorted({e["step"] for e in events if e["event"] == "published"})
     running = is_running(place)
     newest = newest_step(place) if place.checkpoints.exists() else max(published, default=None)  # of an address, only looked at
-    ended = early_stop(config, place)
+    ended, spent = early_stop(config, place), books_of(place.books)
     total = ended["step"] if ended else config.num_steps
     trained = newest == total
     tested = any(r["split"] == "test" and r["step"] == total for r in metrics) or not has_test(config)
@@ -85,6 +86,8 @@ def facts(path: Path) -> dict[str, Any]:
         "step": step,
         "total": total,
         "early_stop": ended["reason"] if ended else None,
+        "goodput": goodput(spent) if spent else None,
+        "time": spent,
         "lives": sum(e["event"] == "started" for e in events),
         "loss": last.get("loss_mean"),
         "throughput_tokens_per_s": last.get("throughput_tokens_per_s"),
@@ -120,6 +123,11 @@ def status(path: Path, *, watch: bool, quiet: bool) -> dict[str, Any]:
         say()
 
 
+def _mostly(found: dict[str, Any]) -> str:
+    rest = sorted(((s, name) for name, s in found["time"].items() if name not in ("step", "prepare") and s >= 1), reverse=True)[:3]
+    return "; " + ", ".join(f"{name} {duration(s)}" for s, name in rest) if rest else ""
+
+
 def show_facts(found: dict[str, Any]) -> None:
     """The state of one run, a line for each fact."""
     speed, eta = found["throughput_tokens_per_s"], found["eta_seconds"]
@@ -133,6 +141,9 @@ def show_facts(found: dict[str, Any]) -> None:
         "training loss": f"{found['loss']:.4f}" if found["loss"] is not None else None,
         "speed": f"{speed:,.0f} tokens/s" if speed else None,
         "ETA": duration(eta) if eta is not None else None,
+        "goodput": None
+        if found["goodput"] is None
+        else f"{100 * found['goodput']:.1f} % of the time went to committed steps{_mostly(found)}",
         "lives": found["lives"],
         "why it stopped": found["why_stopped"],
     }

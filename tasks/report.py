@@ -16,6 +16,7 @@ from trainer.files import write_atomic
 from trainer.rundir import RunDir
 
 from .artifacts import Artifacts
+from .goodput import as_table, goodput
 from .refs import CheckpointRef, DataRef
 from .retry import WITH_TRAINER
 from .summary import checkpoints, report_mark, result_of, validations
@@ -56,7 +57,7 @@ def write_report(config: RunConfig, data: DataRef, best: CheckpointRef) -> str:
     """Write report.md and loss.png, and show them in the UI. Returns the report's path."""
     writer = current()
     run_dir = writer.run_dir
-    text, picture = compose(config, run_dir, load_manifest(data.path), sample_of(config, best))
+    text, picture = compose(config, run_dir, load_manifest(data.path), sample_of(config, best), writer.keeper.seconds())
     write_atomic(run_dir.plot, picture)
     write_atomic(run_dir.report, text.encode())
     show(config, run_dir, writer.artifacts, text=text, picture=picture)
@@ -81,8 +82,8 @@ def sample_of(config: RunConfig, best: CheckpointRef) -> str:
     return text
 
 
-def compose(config: RunConfig, run_dir: RunDir, data: DataManifest, sample: str) -> tuple[str, bytes]:
-    """The report as markdown, with the curve as loss.png beside it, and that curve."""
+def compose(config: RunConfig, run_dir: RunDir, data: DataManifest, sample: str, spent: dict[str, float]) -> tuple[str, bytes]:
+    """The report as markdown, with the curve as loss.png beside it, and that curve; `spent` are seconds by what they went to."""
     found = result_of(config, run_dir)
     table = validations(run_dir)
     first, last = (table[0], table[-1]) if table else ({}, {})
@@ -119,6 +120,12 @@ def compose(config: RunConfig, run_dir: RunDir, data: DataManifest, sample: str)
         dump_yaml(config).rstrip(),
         "```",
         "",
+        "## Time",
+        "",
+        f"What the wall time went to; {_percent(goodput(spent))} of it, preparation aside, to steps that were committed.",
+        "",
+        *_markdown_table(as_table(spent)),
+        "",
         report_mark(config),
     ]
     return "\n".join(lines), picture
@@ -139,9 +146,14 @@ def show(config: RunConfig, run_dir: RunDir, artifacts: Artifacts, *, text: str,
     show_tables(config, run_dir, artifacts)
 
 
+def _percent(share: float | None) -> str:
+    return "nothing" if share is None else f"{100 * share:.1f} %"
+
+
 def show_tables(config: RunConfig, run_dir: RunDir, artifacts: Artifacts) -> None:
-    """The tables of validations and checkpoints in the UI."""
-    published = current().copies.known
+    """The tables of validations, checkpoints and time in the UI."""
+    published, spent = current().copies.known, current().keeper.seconds()
+    artifacts.table(artifact_key(config, "time"), as_table(spent), description=f"Goodput of {config.name}: {_percent(goodput(spent))}")
     artifacts.table(artifact_key(config, "validations"), validations(run_dir), description=f"Validations of {config.name}")
     artifacts.table(
         artifact_key(config, "checkpoints"), checkpoints(config, run_dir, published), description=f"Checkpoints of {config.name}"

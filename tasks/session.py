@@ -31,6 +31,7 @@ from trainer.rundir import RunDir
 
 from .child import Child
 from .evidence import keep_batch
+from .goodput import Timekeeper
 from .lives import verdict
 from .stop import StopRequests
 
@@ -61,9 +62,11 @@ class Session(ABC):
         listener: Listener = lambda kind, value: None,
         require_exact: bool = False,
         stops: StopRequests | None = None,
+        keeper: Timekeeper,
     ):
         self.config, self.run_dir, self.listener, self.require_exact = config, run_dir, listener, require_exact
         self.stops = stops or StopRequests()
+        self.keeper = keeper
         self.data: Path | None = None  # the prepared data; set before `open` or anything that needs the weights
 
     def warm_up(self) -> None:  # noqa: B027  nothing to do is a fine answer
@@ -122,22 +125,28 @@ class InlineSession(Session):
 
         self.start()
         assert self.data is not None, "session.data comes first"
+        progress = Progress(on_step=lambda step: self.listener("beat", {"phase": "step", "step": step}))
+        self.keeper.follow(progress)
         self._run = Run(
             self._training,
             self._trainer,
             self.run_dir,
             self.data,
             should_stop=lambda: self.stops.asked,
-            progress=Progress(on_step=lambda step: self.listener("beat", {"phase": "step", "step": step})),
+            progress=progress,
             on_row=lambda split, step, values: self.listener("row", [split, step, values]),
             require_exact=self.require_exact,
         )
-        return self._run.open()
+        commit = self._run.open()
+        self.keeper.own = "other"
+        return commit
 
     def train_until(self, step: int) -> Commit:
         """See Session.train_until."""
         with self._opened() as run:
-            return run.train_until(step)
+            commit = run.train_until(step)
+            self.keeper.safe()
+            return commit
 
     def evaluate(self, step: int, split: str, *, row: int) -> dict[str, Any]:
         """See Session.evaluate."""
@@ -159,6 +168,8 @@ class InlineSession(Session):
         except BaseException as e:
             self.close(final_status(e))
             raise
+        finally:
+            self.keeper.tick()
 
     def conclude(self) -> None:
         """See Session.conclude."""
@@ -169,6 +180,8 @@ class InlineSession(Session):
         """See Session.close; `status` as callbacks and loggers are told it."""
         if self._run is not None:
             self._run.close(status)
+            self.keeper.tick()
+            self.keeper.lost()
         self._run = self._trainer = None
 
 
@@ -204,6 +217,8 @@ class ProcessSession(Session):
         """See Session.train_until."""
         commit = Commit(**self._call("train_until", step=step))
         self._committed, self._given_up = commit.step, 0
+        self.keeper.tick()
+        self.keeper.safe()
         self._keep_spare()
         return commit
 
@@ -248,6 +263,8 @@ class ProcessSession(Session):
     def _take(self) -> Child:
         """The current child; a new one where it is gone: the spare, if that lives."""
         if self._child is not None and self._child.alive:
+            if self._description is None:
+                self.keeper.follow(self._child.progress)
             return self._child
         if self._child is not None:  # it died while nobody was waiting for it
             error = self._note_death(self._child, self._child.died())
@@ -260,17 +277,25 @@ class ProcessSession(Session):
             spare.kill()
             spare = None
         self._child, self._description, self._is_open = spare or self._spawn(), None, False
+        self.keeper.follow(self._child.progress)
         return self._child
 
     def _note_death(self, child: Child, error: TrainerDiedError) -> EverstepError:
         """Write a death down; gives the error to raise for it: another one where it happens again and again."""
         if isinstance(error, TrainerHungError):
             self._given_up += 1
+        self._let_go()
         log.warning("%s", error)
         place = child.place
         self.run_dir.event("killed", pid=child.process.pid, phase=place.phase, **{**describe(error), "step": place.step})
         why = verdict(self.run_dir.read_events())
         return CrashLoopError(f"{why}: {error}; {self._evidence(place)}") if why else error
+
+    def _let_go(self) -> None:
+        """The books of a trainer that is gone: what it had not committed is lost, and the next one has to start."""
+        self.keeper.follow(None)
+        self.keeper.lost()
+        self.keeper.own = "startup"
 
     def _evidence(self, place: Place) -> str:
         log_path = os.path.relpath(self.run_dir.logs / "trainer.log", self.run_dir.path)
@@ -300,6 +325,8 @@ class ProcessSession(Session):
         assert self._child is not None and self.data is not None, "session.data comes first"
         commit = Commit(**self._ask(self._child, "open", data=str(self.data)))
         self._is_open, self._committed = True, commit.step
+        self.keeper.tick()
+        self.keeper.own = "other"
         return commit
 
     def _call(self, kind: str, **value: Any) -> Any:
@@ -339,12 +366,14 @@ class ProcessSession(Session):
             # Whatever went wrong, the arrays of that process are not to be trusted: the next call has a new one.
             child.kill()
             self._child = None
+            self._let_go()
             if isinstance(e, TrainerDiedError) and (final := self._note_death(child, e)) is not e:
                 raise final from e
             raise
 
     def _show(self, child: Child) -> None:
-        """Tell the listener where the trainer is, once a second."""
+        """Enter the time, and once a second tell the listener where the trainer is."""
+        self.keeper.tick()
         if time.monotonic() - self._shown >= 1:
             self._shown = time.monotonic()
             self.listener("beat", {"phase": child.place.phase, "step": child.place.step})

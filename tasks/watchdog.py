@@ -23,6 +23,7 @@ GENEROUS = {
     "restore": 600.0,
     "compile": 1800.0,
     "step": 600.0,
+    "data": 600.0,
     "callbacks": 600.0,
     "save": 600.0,
     "evaluate": 600.0,
@@ -33,7 +34,7 @@ GENEROUS = {
 UNJUDGED = ("imports", "idle", "start", "callbacks", "sample", "conclude", "close")  # by what was seen
 # What may take far longer than it did before, if a cache was emptied or a disk is busy: a process at work on it is given
 # the generous limit, whatever was seen.
-WORKING = ("restore", "compile", "save")
+WORKING = ("restore", "compile", "data", "save")
 
 
 class Activity(NamedTuple):

@@ -25,6 +25,7 @@ from trainer.rundir import EARLY_STOP, RunDir, WriterLock
 
 from .artifacts import Artifacts
 from .copies import Copies
+from .goodput import Timekeeper, goodput
 from .session import Session, make_session
 from .stop import StopRequests, was_asked
 
@@ -47,7 +48,10 @@ class Writer:
         self.listeners: list[Callable[[str, Any], None]] = []  # told of rows and signs of life, in the thread that waits for them
         self.stops = StopRequests(at_once=lambda: note_stop(run_dir, "a second request"))
         self.copies = Copies()
-        self.session: Session = make_session(config, run_dir, lock_fd, listener=self.tell, require_exact=require_exact, stops=self.stops)
+        self.keeper = Timekeeper(run_dir.books)
+        self.session: Session = make_session(
+            config, run_dir, lock_fd, listener=self.tell, require_exact=require_exact, stops=self.stops, keeper=self.keeper
+        )
 
     @functools.cached_property
     def artifacts(self) -> Artifacts:
@@ -56,9 +60,19 @@ class Writer:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Note that all work is done and written; what follows are reports to a server."""
+        self.keeper.end()
+        self.note_time(result["step"])
         self.run_dir.event("finished", step=result["step"])
         self.result = result
         self.on_result(result)
+
+    def note_time(self, step: int | None) -> None:
+        """Write into the event log what the run's time went to up to now."""
+        spent = self.keeper.seconds()
+        share = goodput(spent)
+        self.run_dir.event(
+            "goodput", step=step, goodput=None if share is None else round(share, 4), seconds={k: round(v, 3) for k, v in spent.items()}
+        )
 
     def tell(self, kind: str, value: Any) -> None:
         """Tell all listeners of something."""
@@ -103,6 +117,8 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
             yield _current
         except BaseException as e:
             session.close()
+            if _current.result is None:
+                _current.note_time(newest_step(place))
             if _current.result is not None:
                 pass  # all was done: what failed or was stopped are last reports
             elif _current.stops.asked or was_asked(e):

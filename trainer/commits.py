@@ -62,6 +62,7 @@ class Commits:
             raise error
         assert self._found is not None
         self.newest = self._found.step
+        self._progress.committed()
         seconds, kept = time.monotonic() - self._began, self._kept + time.monotonic() - waited
         self._run_dir.event("committed", step=self.newest, seconds=round(seconds, 3), kept_waiting=round(kept, 3))
         log.info("committed step %d in %.2f s", self.newest, seconds)

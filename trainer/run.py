@@ -126,7 +126,7 @@ class Run:
             self._stopwatch = stopwatch(self.trainer, [self.window], step=self.step)
         records = self.trainer.train_until(
             step,
-            self.loader,
+            self._fetched(),
             window=self.window,
             closes=self._closes,
             pause=lambda at: wants_commit(at) or self.onlookers.wants(at, row=self._closes(at)),
@@ -157,6 +157,13 @@ class Run:
                     return
                 self.progress.completed(record.step)
             yield record
+
+    def _fetched(self) -> Iterator[Any]:
+        """The loader's batches; the progress says how long they were waited for."""
+        while True:
+            with self.progress.within("data"):
+                batch = next(self.loader)
+            yield batch
 
     def evaluate(self, step: int, split: str, *, row: int | None = None) -> dict[str, Any]:
         """Values of `split` with the weights of committed step `step`, written as the row of step `row` (None: `step`), once.

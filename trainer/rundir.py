@@ -30,6 +30,7 @@ class RunDir:
         self.events = self.path / "events.jsonl"
         self.published = self.path / "published"
         self.logs = self.path / "logs"
+        self.books = self.logs / "books"  # what its time went to; see tasks.goodput
         self.report = self.path / "report.md"
         self.plot = self.path / "loss.png"
         self.sample = self.path / "sample.json"

@@ -31,7 +31,7 @@ class World:
     """A process and a clock to be watched: `go` lets time pass in looks of a tenth of a second, and says when it was given up."""
 
     def __init__(self, *, seen=None, patience=1.0):
-        self.now, self.place, self.activity = 0.0, Place("step", 0, 0, 0), Activity(False, 0, False)
+        self.now, self.place, self.activity = 0.0, Place("step", 0, 0, 0, 0), Activity(False, 0, False)
         self.beats, self.works = True, False
         self.dog = Watchdog(lambda: self.place, self._activity, {} if seen is None else seen, patience=patience, clock=lambda: self.now)
 
@@ -79,7 +79,7 @@ def test_what_a_phase_took_in_an_earlier_life_counts_in_the_next():
     assert 38 <= World(seen=seen, patience=2.0).go(1000)[0] <= 46  # another life was given up for that reason before
 
 
-@pytest.mark.parametrize("phase", ["compile", "save", "restore"])
+@pytest.mark.parametrize("phase", ["compile", "save", "restore", "data"])
 def test_a_process_at_work_on_what_may_take_long_is_left_alone_and_an_idle_one_is_not(phase):
     world = World(seen={phase: 0.5})
     world.works = True
@@ -125,7 +125,7 @@ def test_progress_can_be_read_by_whoever_shares_the_memory():
     fd = shared_memory()
     mine, theirs = Progress(fd), Progress(fd)
     mine.start()
-    assert theirs.read() == Place("imports", -1, 0, 0)
+    assert theirs.read() == Place("imports", -1, 0, 0, 0)
     with mine.within("step"):
         mine.completed(7)
         with mine.within("save"):
