@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-loop bench-data bench-gpu kills points chaos-uploads lock clean
+.PHONY: help demo test lint format bench bench-loop bench-data bench-gpu kills chaos points chaos-uploads lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ bench-gpu: $(READY) ## on an accelerator: speed, utilisation, memory, a trace an
 
 kills: $(READY) ## kill a preparation 20 times at random and compare its shards (`make test` does it three times)
 	@EVERSTEP_KILLS=20 $(RUN) -m pytest --timeout 3000 tests/flows/test_prepare.py -k kill
+
+chaos: $(READY) ## kill trainers 1,000 times (KILLS=n) at random moments, compare the ends of their runs, print a score card (an hour or two)
+	@$(RUN) -m tests.faults.chaos --kills $(or $(KILLS),1000) --seed $(or $(SEED),0) 2>/dev/null
 
 points: $(READY) ## stop a run at 200 drawn system calls that change its directory, and compare its end (POINTS=all: at each, hours)
 	@$(RUN) -m tests.faults.points --points $(or $(POINTS),200) 2>/dev/null

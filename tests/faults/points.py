@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Harness:
     config: Any
     data: Any = None
     trainer: Any = None
-    freezer: Freezer = field(default_factory=Freezer)
+    freezer: Any = None
 
     def live(self, path: Path) -> None:
         """One life of a run in `path`, to its end."""
@@ -156,8 +156,8 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def harness(folder: Path) -> Harness:
-    """A run of six steps with a callback that has a state, on a few texts."""
+def harness(folder: Path, *overrides: str) -> Harness:
+    """A run of six steps with a callback that has a state, on a few texts, unless `overrides` say otherwise."""
     from configs.load import load
     from tasks.preparation import prepare
 
@@ -169,7 +169,7 @@ def harness(folder: Path) -> Harness:
     more = "data.seq_len=32 data.batch_size=4 data.val_fraction=0.1 data.test_fraction=0.1 optimizer.schedule.warmup_steps=2"
     rest = "trainer.logger.log_every_n_steps=3 execution.mode=inline checkpoint.keep_latest=2 checkpoint.every=1 data.tokenizer.kind=byte"
     last = ["data.tokenizer.vocab_size=null", "trainer.callbacks=[{kind: ema}]", f"data.path={texts}"]
-    config = load("tiny", [*words.split(), *more.split(), *rest.split(), *last])
+    config = load("tiny", [*words.split(), *more.split(), *rest.split(), *last, *overrides])
     made = Harness(config)
     made.data = prepare(config.data)
     return made
@@ -192,6 +192,7 @@ def main() -> int:
 def campaign(folder: Path, *, points: str, seed: int, deaths: int) -> int:
     """See the module; returns the exit code."""
     made = harness(folder)
+    made.freezer = Freezer()
     made.freezer.arm(folder / "whole", NEVER)
     made.live(folder / "whole")
     total, want = made.freezer.thaw(), made.left(folder / "whole")
