@@ -72,7 +72,8 @@ class Arrow:
         row = 0
         try:
             # A stream that was cut between two messages reads as a shorter one.
-            whole = stream.seek(0, 2) >= len(END) and stream.seek(-len(END), 2) and stream.read() == END
+            size = stream.seek(0, 2)
+            whole = size >= len(END) and stream.seek(-len(END), 2) and stream.read() == END
             stream.seek(0)
             if stream.read(len(BEGIN)) != BEGIN:  # read as the form of before 2019, other bytes may mean a stream of nothing
                 yield damaged(row, "Arrow", OSError("it does not begin as a stream does"))
@@ -87,6 +88,8 @@ class Arrow:
                 row += batch.num_rows
             if not whole:
                 yield damaged(row, "Arrow", OSError("the mark of its end is missing"))
+            elif stream.tell() != size:  # a length that is damaged may lead to what looks like the end
+                yield damaged(row, "Arrow", OSError(f"it ends after {stream.tell()} of {size} bytes"))
         except (*BROKEN, pa.ArrowException) as e:
             if of_store(e):
                 raise
