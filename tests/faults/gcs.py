@@ -148,7 +148,7 @@ class FakeGcs:
             return Answer(204)
         if query.get("alt") != "media":
             return described(bucket, name, objects[name])
-        return Answer(200, objects[name], {"X-Goog-Hash": f"crc32c={crc(objects[name])},md5={md5(objects[name])}"})
+        return sent(objects[name], headers.get("Range"))
 
     def _list(self, bucket: str, query: Mapping[str, str]) -> Answer:
         prefix, after = query.get("prefix", ""), query.get("pageToken", "")
@@ -182,6 +182,18 @@ class FakeGcs:
     def _put(self, bucket: str, name: str, content: bytes) -> Answer:
         self.buckets[bucket][name] = content
         return described(bucket, name, content)
+
+
+def sent(content: bytes, asked: str | None) -> Answer:
+    """An object, or the range of its bytes that was asked for."""
+    headers = {"X-Goog-Hash": f"crc32c={crc(content)},md5={md5(content)}"}
+    if asked is None:
+        return Answer(200, content, headers)
+    first, last = asked.removeprefix("bytes=").split("-")
+    start, stop = int(first), min(int(last) + 1 if last else len(content), len(content))
+    if start >= len(content):
+        return problem(416, "Requested range not satisfiable")
+    return Answer(206, content[start:stop], {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"})
 
 
 def described(bucket: str, name: str, content: bytes) -> Answer:

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import lzma
+import os
 import sys
 import threading
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.prepare import FilterConfig
@@ -82,6 +83,53 @@ def test_text_is_read_from_every_kind_of_file_in_the_order_of_names(tmp_path):
     assert read(tmp_path) == read(f"file://{tmp_path}") == (texts, [], [])
     assert read(tmp_path / "*.jsonl*")[0] == texts[3:4] and read(tmp_path / "**" / "*.jsonl")[0] == texts[4:6]
     assert read(tmp_path / "c.txt.gz")[0] == texts[2:3]
+
+
+def test_links_are_followed_wherever_they_lead_and_each_file_is_read_once(tmp_path):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    (folder / "deep").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "x.txt").write_text("x")
+    (folder / "a.txt").symlink_to(elsewhere / "x.txt")
+    (elsewhere / "y.jsonl").write_bytes(jsonl(["y"]))
+    (folder / "deep" / "linked").symlink_to(elsewhere)
+    (folder / "deep" / "round").symlink_to(folder)
+    assert read(folder)[0] == ["x", "x", "y"]
+    assert read(folder / "*.txt")[0] == ["x"] == read(folder / "a.txt")[0]
+    (tmp_path / "whole").symlink_to(folder)
+    assert read(tmp_path / "whole")[0] == ["x", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.symlink_to("gone.txt"), r"a\.txt is a link to gone\.txt, which is not there"),
+        (os.mkfifo, r"a\.txt is neither a file nor a folder"),
+        (lambda path: path.mkdir(), r"a\.txt is a folder, and named like a file; set data\.path to it"),
+        (lambda path: path.symlink_to(path), r"a\.txt is a link to \S+a\.txt, which is not there"),
+    ],
+)
+def test_what_is_named_like_text_and_is_none_is_refused_and_not_passed_over(tmp_path, make, message):
+    (tmp_path / "b.txt").write_text("fine")
+    make(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "*.txt")
+    if (tmp_path / "a.txt").is_dir():
+        (tmp_path / "a.txt" / "part-0.jsonl").write_bytes(jsonl(["as others write it"]))
+        assert read(tmp_path)[0] == ["as others write it", "fine"]
+    else:
+        with pytest.raises(DataError, match=message):
+            read(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_or_file_that_may_not_be_looked_into_is_refused(tmp_path):
+    (tmp_path / "b.txt").write_text("fine")
+    for locked in (tmp_path / "deep", tmp_path / "a.txt"):
+        (locked.mkdir if locked.suffix == "" else locked.touch)(mode=0)
+        with pytest.raises(DataError, match=rf"{locked}.*change its permissions"):
+            read(tmp_path)
+        locked.chmod(0o700)
 
 
 KINDS = {
@@ -208,6 +256,7 @@ def test_a_file_that_was_cut_off_is_noticed_and_what_it_still_holds_is_right(tmp
     at=st.floats(0, 0.9999),
     flip=st.integers(1, 255),
 )
+@example(kind="arrows", at=0.001, flip=153)
 def test_a_damaged_byte_crashes_nothing(tmp_path_factory, kind, at, flip):
     data = bytearray(KINDS[kind](TEXTS) if kind in KINDS else PACK["." + kind.partition(".")[2]](jsonl(TEXTS)))
     data[int(len(data) * at)] ^= flip
@@ -233,6 +282,7 @@ def test_rows_of_tables_that_are_no_text_are_named_with_their_number(tmp_path):
     assert bad(pa.table({"text": ["fine"] * 6 + [None, ""]})) == (("fine",) * 6, ((7, "null"),), 1)
     assert bad(pa.table({"text": [1, 2, 3, 4]})) == ((), tuple((i, "no text") for i in range(1, 5)), 0)
     assert bad(pa.table({"text": [["a"], None]})) == ((), ((1, "no text"), (2, "null")), 0)
+    assert bad(pa.table({"text": [{"a": 1, "b": ["c"]}]})) == ((), ((1, "no text"),), 0)
     assert bad(pa.table({"text": pa.nulls(2)})) == ((), ((1, "null"), (2, "null")), 0)
     assert bad(pa.table({"text": ["a", "long"]}), max_bytes=3) == (("a",), ((2, "too long"),), 0)
 
@@ -358,6 +408,10 @@ def test_files_are_read_over_http_also_where_the_server_gives_no_ranges(served):
         assert len(unit.parts) == 1
     assert read(f"{url}/c.txt.gz")[0] == ["small"]
     assert len(find_files(f"{url}/*.jsonl")) == 1
+    (folder / "d.jsonl").write_bytes(jsonl(["fine"]) + b"torn\n")
+    [file] = find_files(f"{url}/d.jsonl")
+    *_, bad = read_documents(Part(file), Reading())
+    assert message(file, bad).startswith(f"{url}/d.jsonl:2 is no JSON")
     with pytest.raises(DataError, match="there is no"):
         find_files(f"{url}/nothing.jsonl")
 

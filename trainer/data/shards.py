@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OF_STORES = ("aiohttp", "gcsfs", "asyncio", "fsspec", "botocore", "requests", "httpx")  # whose errors need not be OSErrors
+OF_STORES = ("aiohttp", "gcsfs", "asyncio", "fsspec", "botocore", "requests", "httpx", "httpx2")  # whose errors need not be OSErrors
 WAIT = 60.0  # seconds for other processes to make room
 WANTED = ".wanted"  # touched by who waits; whoever sees that it changed lets go of what it does not read at that moment
 TRIES = 2  # of a fetch that brought other bytes than the manifest says

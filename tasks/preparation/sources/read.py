@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from trainer.errors import DataError
 
 from .base import Bad, Document, File, Format, Part, Reading, Row
-from .find import can_be_sliced, find_files, format_of, open_file, still_the_same, storage_errors
+from .find import can_be_sliced, find_files, format_of, open_file, shown, still_the_same, storage_errors
 from .parquet import of_store
 from .unpack import DAMAGED
 
@@ -28,14 +28,14 @@ def read_documents(part: Part, wanted: Reading) -> Iterator[Document | Bad | Lef
     format, _ = format_of(file.path)
     assert format is not None, "listings have no others"
     if wanted.filters and not format.has_fields:
-        raise DataError(f"data.filters looks at field {wanted.filters[0].field!r}, but {file.path} is plain text; leave one of them out")
+        raise DataError(f"data.filters looks at field {wanted.filters[0].field!r}, but {shown(file)} is plain text; leave one of them out")
 
     def opened() -> Any:
         return open_file(part)
 
     number = 0
     before: int | None = 0 if part.nth == 0 else None
-    with storage_errors(file.path):
+    with storage_errors(shown(file)):
         rows = format.read(opened, part, wanted)
         while True:
             try:
@@ -57,7 +57,7 @@ def read_documents(part: Part, wanted: Reading) -> Iterator[Document | Bad | Lef
             if isinstance(row, Bad) and row.reason == "damaged file":
                 break
         if not still_the_same(file):
-            raise DataError(f"{file.path} changed while it was prepared; start again when nothing writes to it")
+            raise DataError(f"{shown(file)} changed while it was prepared; start again when nothing writes to it")
 
 
 def _rows_before(format: Format, opened: Any, part: Part) -> int:
@@ -110,4 +110,4 @@ def message(file: File, bad: Bad) -> str:
     """`bad` as a sentence that says where."""
     format, _ = format_of(file.path)
     assert format is not None
-    return (format.place.format(path=file.path, number=bad.number) if bad.number else file.path) + bad.detail
+    return (format.place.format(path=shown(file), number=bad.number) if bad.number else shown(file)) + bad.detail
