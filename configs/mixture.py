@@ -2,6 +2,7 @@
 
 What shapes rows is said once, on the mixture, and given to all parts. That the held-out fractions are among it keeps exact
 copies apart: a document's split is a function of its text, so one that two parts share is held out in both or in neither.
+Paragraphs that one part holds out are left out of the others' training text.
 """
 
 from typing import Literal

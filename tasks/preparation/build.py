@@ -15,6 +15,7 @@ The folder is made under another name, brought to the disk and renamed, so it is
 is prepared once however many ask for it: a kernel lock per digest makes the others wait, and dies with its holder.
 """
 
+import copy
 import errno
 import logging
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.prepare import TextDataConfig
+from configs.prepare import TextDataConfig, TokenizerConfig
 from trainer.data.packed import NAME, DataManifest, Duplicates, FileRecord, ShardRecord, SplitRecord
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError
@@ -41,7 +42,7 @@ from .progress import Progress, Tell
 from .report import NAME as REPORT
 from .report import compose
 from .sample import BaselineJob, KeptReader, Sample, SampleJob
-from .settle import Settled, header_of, settle
+from .settle import HeldOut, Settled, header_of, held_out, settle
 from .shards import NOTE, plan_shards
 from .sources.base import Reading
 from .sources.read import find_files
@@ -84,6 +85,14 @@ class Preparation:
         self.units = units_of(self.files)
         self.wanted = Reading(config.text_field, config.filters, config.max_document_bytes)
         self._versions = versions()
+        self._read: list[Path] | None = None
+        self.beside: Sequence[Preparation] = ()  # texts that are trained beside this one: what they hold out is left out here
+
+    def with_tokenizer(self, tokenizer: TokenizerConfig) -> "Preparation":
+        """The same with another tokenizer, which changes nothing of what is read."""
+        other = copy.copy(self)
+        other.config, other.given = self.config.replace(tokenizer=tokenizer), given_file(tokenizer)
+        return other
 
     def surveys(self) -> list[SurveyJob]:
         """The first reading of every unit."""
@@ -93,7 +102,13 @@ class Preparation:
 
     def settle(self, paths: list[Path]) -> Settled:
         """What is to be made, after the first reading."""
-        return settle(self.config, header_of(self.config, self.given, self._versions), self.units, paths, folder=self.work)
+        others = [other.held_out() for other in self.beside]
+        header = header_of(self.config, self.given, self._versions)
+        return settle(self.config, header, self.units[: len(paths)], paths, folder=self.work, others=others)
+
+    def held_out(self) -> HeldOut:
+        """The paragraphs of its held-out splits, after the first reading."""
+        return held_out(self.config, self._survey())
 
     def folder(self, digest: str) -> Path:
         """Where it is to be."""
@@ -107,11 +122,11 @@ class Preparation:
         return DataRef(path=str(folder), digest=found.facts["digest"]) if is_whole(folder, found.facts["digest"]) else None
 
     def _known_path(self) -> Path | None:
-        paths = [job.path for job in self.surveys()]
-        if any(path is None for path in paths):
+        names = [[job.path and job.path.name for job in one.surveys()] for one in (self, *self.beside)]
+        if any(name is None for some in names for name in some):
             return None
         header = header_of(self.config, self.given, self._versions)
-        return self.work / "known" / f"{results.key_of(header, [path.name for path in paths if path], self.config.max_bad_rows)}.bin"
+        return self.work / "known" / f"{results.key_of(header, names[0], self.config.max_bad_rows, *names[1:])}.bin"
 
     def make(self) -> DataRef:
         """Do it."""
@@ -163,18 +178,20 @@ class Preparation:
         return ref
 
     def _survey(self) -> list[Path]:
-        """Read all units; where only the first documents are wanted, not more of them than have those."""
+        """Read all units, once; where only the first documents are wanted, not more of them than have those."""
         jobs, limit = self.surveys(), self.config.limit
-        if limit is None:
-            return [Path(found["path"]) for found in self._all("reading", jobs)]
+        if self._read is None and limit is None:
+            self._read = [Path(found["path"]) for found in self._all("reading", jobs)]
+        if self._read is not None:
+            return self._read
         paths: list[Path] = []
         have = 0
-        while have < limit and jobs:  # by the number of units that were read, so what is read depends on nothing else
+        while have < (limit or 0) and jobs:  # by the number of units that were read, so what is read depends on nothing else
             some, jobs = jobs[: len(paths) + 1], jobs[len(paths) + 1 :]
             found = [Path(one["path"]) for one in self._all("reading", some)]
             have += sum(len(results.needed(path).arrays["documents"]) for path in found)
             paths += found
-        self.units = self.units[: len(paths)]
+        self._read = paths
         return paths
 
     def _all(self, stage: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -193,7 +210,7 @@ class Preparation:
         splits = list(settled.documents)
         kept = [
             KeptReader(unit, self.wanted, str(survey), str(fate))
-            for unit, survey, fate in zip(self.units, paths, settled.fates, strict=True)
+            for unit, survey, fate in zip(self.units[: len(paths)], paths, settled.fates, strict=True)
         ]
         drawn = [(reader, some) for reader, some in zip(kept, settled.sampled, strict=True) if some.any()]
         samples = [SampleJob(reader, some.tobytes(), work) for reader, some in drawn]

@@ -1,4 +1,4 @@
-"""Prepares a mixture: each part by itself, as if there were no others, and a manifest over all of them.
+"""Prepares a mixture: each part by itself, but for the paragraphs that another part holds out, and a manifest over all of them.
 
 The mixture's folder holds no rows of its own: its manifest names the parts' shards beside it, so a part that several
 mixtures share is there once, and another weight takes no time. With a tokenizer that is learnt, the first part learns it and
@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from configs.mixture import MixtureDataConfig
 from configs.prepare import TokenizerConfig
@@ -45,43 +44,40 @@ class MixturePreparation:
         self.config = config
         self.path = ", ".join(part.data.path for part in config.parts)
         self._root = (cache or cache_dir()).absolute()
-        self._options: dict[str, Any] = {"cache": cache, "on_progress": on_progress, "run": run, "on_advance": on_advance}
         self._tell = on_progress or (lambda message: None)
-        self._first = Preparation(config.parts[0].data, **self._options)
-        self._others: list[Preparation] | None = None if config.tokenizer.kind == "bpe" else self._with(config.tokenizer)
+        self._texts = [
+            Preparation(part.data, cache=cache, on_progress=on_progress, run=run, on_advance=on_advance) for part in config.parts
+        ]
+        for i, text in enumerate(self._texts):
+            text.beside = [*self._texts[:i], *self._texts[i + 1 :]]
 
-    def _with(self, tokenizer: TokenizerConfig) -> list[Preparation]:
-        return [Preparation(part.data.replace(tokenizer=tokenizer), **self._options) for part in self.config.parts[1:]]
-
-    def _parts(self, first: DataRef) -> list[Preparation]:
-        if self._others is None:
-            self._others = self._with(TokenizerConfig(kind="file", path=str(Path(first.path, TOKENIZER))))
-        return [self._first, *self._others]
-
-    def _listed(self) -> list[Preparation]:
-        # What is read does not depend on the tokenizer, so the parts' own config serves where that is not learnt yet.
-        return [self._first, *(self._others if self._others is not None else self._with(self.config.tokenizer))]
+    def _others(self, first: DataRef) -> list[Preparation]:
+        """All but the first, with the tokenizer that the first has learnt."""
+        if self.config.tokenizer.kind != "bpe":
+            return self._texts[1:]
+        learnt = TokenizerConfig(kind="file", path=str(Path(first.path, TOKENIZER)))
+        return [text.with_tokenizer(learnt) for text in self._texts[1:]]
 
     @property
     def files(self) -> list[File]:
         """Of all parts."""
-        return [file for part in self._listed() for file in part.files]
+        return [file for part in self._texts for file in part.files]
 
     @property
     def units(self) -> list[Unit]:
         """Of all parts."""
-        return [unit for part in self._listed() for unit in part.units]
+        return [unit for part in self._texts for unit in part.units]
 
     def surveys(self) -> list[SurveyJob]:
         """The first reading of every unit of all parts."""
-        return [job for part in self._listed() for job in part.surveys()]
+        return [job for part in self._texts for job in part.surveys()]
 
     def known(self) -> DataRef | None:
         """What was prepared from these very files and settings, if it is whole."""
-        first = self._first.known()
+        first = self._texts[0].known()
         if first is None:
             return None
-        refs = [ref for part in self._parts(first) if (ref := part.known()) is not None]
+        refs = [first, *(ref for part in self._others(first) if (ref := part.known()) is not None)]
         if len(refs) < len(self.config.parts):
             return None
         ref = self._ref(refs)
@@ -89,8 +85,8 @@ class MixturePreparation:
 
     def make(self) -> DataRef:
         """Prepare what is missing. Raises what `Preparation.make` does."""
-        first = self._first.make()
-        refs = [first, *(part.make() for part in self._parts(first)[1:])]
+        first = self._texts[0].make()
+        refs = [first, *(part.make() for part in self._others(first))]
         ref = self._ref(refs)
         folder = Path(ref.path)
         with locked(folder, self._tell):
@@ -161,5 +157,6 @@ def report(config: MixtureDataConfig, manifest: DataManifest, parts: Iterable[Da
         counts = [f"{found.splits[name].tokens:,}" if name in found.splits else "none" for name in ("train", "val", "test")]
         lines.append(f"| {weight:.4f} | {part.data.path} | {' | '.join(counts)} | `{found.digest[:16]}/{REPORT}` |")
     lines += ["", "Weights are of the training rows; val and test are the parts' own, one after the other. The baseline is the mean of"]
-    lines += ["the parts' own, by bytes. A document that several parts have is held out in all of them or in none; a paragraph that"]
-    return "\n".join([*lines, "only one part holds out may stand in another's training text.", ""])
+    lines += ["the parts' own, by bytes. What one part holds out, documents and paragraphs, is in no part's training text: of the"]
+    lines += [f"{manifest.duplicates.paragraphs:,} paragraphs that were left out for that, each part's report counts its own. A document"]
+    return "\n".join([*lines, "that several parts have in training is drawn from each of them.", ""])

@@ -2,8 +2,8 @@
 
 Of equal documents the first stays, in the order of file names and rows. A paragraph that stands in several splits stays in
 the smallest: test before val before train. Held-out text is never thinned by what happens to stand in training, and no
-held-out paragraph can be learnt by heart. Everything here is a function of the documents' hashes in their order, so of
-nothing that differs between machines, workers or lives.
+held-out paragraph can be learnt by heart; texts that are mixed keep to this together. Everything here is a function of the
+documents' hashes in their order, so of nothing that differs between machines, workers or lives.
 
 In memory at a time: about 60 bytes for each document, and 16 for each paragraph that is held out.
 """
@@ -11,7 +11,7 @@ In memory at a time: about 60 bytes for each document, and 16 for each paragraph
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,49 +51,88 @@ def header_of(config: TextDataConfig, tokenizer_file: bytes | None, versions: di
     return {"version": VERSION, "settings": config.prepare_settings(), "tokenizer_file": given, "versions": versions}
 
 
-def settle(config: TextDataConfig, header: dict[str, Any], units: list[Unit], paths: list[Path], *, folder: Path) -> Settled:
-    """Decide, from the surveys at `paths`, and write down the fates below `folder`.
+class _Documents(NamedTuple):
+    """All documents of the surveys, in their order."""
 
-    Raises DataError if too many rows are bad or a split would be empty.
-    """
+    facts: list[dict[str, Any]]  # of each unit
+    hashes: np.ndarray
+    sizes: np.ndarray
+    per_unit: np.ndarray
+    starts: np.ndarray  # of each unit
+    limit: int
+    places: np.ndarray
+    first: np.ndarray  # bool: of equal ones the first, within the limit
+    split: np.ndarray  # int8
 
-    # Read again where they are needed: all at once are more than fits, or than a process may have open.
-    def survey_of(i: int) -> results.Result:
-        return results.needed(paths[i])
+    def own(self, i: int) -> slice:
+        """Where unit `i` is."""
+        return slice(self.starts[i], self.starts[i] + self.per_unit[i])
 
+
+def _documents_of(config: TextDataConfig, paths: list[Path]) -> _Documents:
     facts, parts, lengths = [], [], []
-    for i in range(len(paths)):
-        survey = survey_of(i)
+    for path in paths:
+        survey = results.needed(path)
         facts.append(survey.facts)
         parts.append(survey.arrays["documents"].copy())
         lengths.append(survey.arrays["sizes"].copy())
-    hashes, sizes = np.concatenate(parts), np.concatenate(lengths)
-    per_unit = np.array([len(part) for part in parts])
-    starts = np.cumsum(per_unit) - per_unit
-    del parts, lengths
+    hashes, per_unit = np.concatenate(parts), np.array([len(part) for part in parts])
     limit = len(hashes) if config.limit is None else min(config.limit, len(hashes))
-    left_out, bad = _left_out(config, units, facts, starts, limit)
     at = places(hashes)
     first = np.zeros(len(hashes), bool)
     first[:limit] = firsts(hashes[:limit])
     split = np.where(first, splits_of(at, val=config.val_fraction, test=config.test_fraction), DROPPED).astype(np.int8)
-    _check(config, at[first])
+    return _Documents(facts, hashes, np.concatenate(lengths), per_unit, np.cumsum(per_unit) - per_unit, limit, at, first, split)
+
+
+HeldOut = dict[str, np.ndarray]  # hashes of the paragraphs in "val" and "test"
+
+
+def held_out(config: TextDataConfig, paths: list[Path]) -> HeldOut:
+    """The paragraphs that a text holds out, by its surveys, for other texts to leave out of their training."""
+    found = _documents_of(config, paths)
+    return _held_out((results.needed(path), found.split[found.own(i)]) for i, path in enumerate(paths))
+
+
+def settle(
+    config: TextDataConfig,
+    header: dict[str, Any],
+    units: list[Unit],
+    paths: list[Path],
+    *,
+    folder: Path,
+    others: Sequence[HeldOut] = (),
+) -> Settled:
+    """Decide, from the surveys at `paths`, and write down the fates below `folder`; `others`: what texts trained beside this hold out.
+
+    Raises DataError if too many rows are bad or a split would be empty.
+    """
+    found = _documents_of(config, paths)
+    split, starts, limit, hashes, sizes = found.split, found.starts, found.limit, found.hashes, found.sizes
+    left_out, bad = _left_out(config, units, found.facts, starts, limit)
+    _check(config, found.places[found.first])
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(to_bytes(hashes[:limit]))
 
-    def own(i: int) -> slice:
-        return slice(starts[i], starts[i] + per_unit[i])
-
-    held = _held_out((survey_of(i), split[own(i)]) for i in range(len(paths)))
-    fates, removed = [], 0
-    for i in range(len(paths)):
-        survey = survey_of(i)
-        taken, split[own(i)] = _taken(survey, split[own(i)], held)
+    # Surveys are read again where they are needed: all at once are more than fits, or than a process may have open.
+    own = _sets([_held_out((results.needed(path), split[found.own(i)]) for i, path in enumerate(paths))])
+    theirs = _sets(others)
+    fates, removed, for_others = [], 0, []
+    for i, path in enumerate(paths):
+        survey = results.needed(path)
+        taken = _taken(survey, split[found.own(i)], own)
+        if others:
+            more = _taken(survey, split[found.own(i)], theirs) & ~taken
+            for_others.append(survey.arrays["paragraphs"][more])
+            taken |= more
+        split[found.own(i)] = _what_stays(survey, split[found.own(i)], taken)
         removed += int(taken.sum())
-        content = [hashlib.sha256(array.tobytes()).hexdigest() for array in (split[own(i)], taken)]
+        content = [hashlib.sha256(array.tobytes()).hexdigest() for array in (split[found.own(i)], taken)]
         fates.append(folder / "fate" / f"{results.key_of(VERSION, survey.facts['content'], content)}.bin")
         if not results.is_whole(fates[-1]):
-            results.write(fates[-1], {"content": survey.facts["content"]}, {"split": split[own(i)], "taken": taken})
+            results.write(fates[-1], {"content": survey.facts["content"]}, {"split": split[found.own(i)], "taken": taken})
+    if for_others and len(lost := np.unique(np.concatenate(for_others), axis=0)):
+        digest.update(b"without" + to_bytes(lost))  # where nothing is shared, it is the text's own data
     documents = {name: int((split == i).sum()) for i, name in enumerate(SPLITS) if name != "test" or config.test_fraction > 0}
     for name, count in documents.items():
         if not count:
@@ -109,9 +148,9 @@ def settle(config: TextDataConfig, header: dict[str, Any], units: list[Unit], pa
         fates=fates,
         sampled=np.split(sampled, starts[1:]),
         documents=documents,
-        duplicates=int(limit - first.sum()),
+        duplicates=int(limit - found.first.sum()),
         paragraphs=removed,
-        sources=_sources(units, facts, hashes, starts, limit),
+        sources=_sources(units, found.facts, hashes, starts, limit),
         left_out=left_out,
         bad=bad,
     )
@@ -145,26 +184,35 @@ def _paragraph_owners(survey: results.Result) -> np.ndarray:
     return np.repeat(np.arange(len(counts)), counts)
 
 
-def _held_out(units: Iterable[tuple[results.Result, np.ndarray]]) -> dict[str, HashSet]:
+def _held_out(units: Iterable[tuple[results.Result, np.ndarray]]) -> HeldOut:
     found: dict[str, list[np.ndarray]] = {"val": [], "test": []}
     for survey, split in units:
         of_paragraph = split[_paragraph_owners(survey)]
         for name, some in found.items():
             some.append(survey.arrays["paragraphs"][of_paragraph == SPLITS.index(name)])
-    return {name: HashSet(np.concatenate(some)) for name, some in found.items()}
+    return {name: np.concatenate(some) for name, some in found.items()}
 
 
-def _taken(survey: results.Result, split: np.ndarray, held: dict[str, HashSet]) -> tuple[np.ndarray, np.ndarray]:
-    """Which paragraphs of a unit are left out, and its documents' splits without those of which nothing stays."""
-    owners = _paragraph_owners(survey)
-    hashes, of_paragraph = survey.arrays["paragraphs"], split[owners]
+def _sets(held: Sequence[HeldOut]) -> dict[str, HashSet]:
+    none = np.zeros((0, 2), np.uint64)
+    return {name: HashSet(np.concatenate([none, *(one[name] for one in held)])) for name in ("val", "test")}
+
+
+def _taken(survey: results.Result, split: np.ndarray, held: dict[str, HashSet]) -> np.ndarray:
+    """Which paragraphs of a unit are left out."""
+    hashes, of_paragraph = survey.arrays["paragraphs"], split[_paragraph_owners(survey)]
     taken = np.zeros(len(hashes), bool)
     for name, above in (("train", ("val", "test")), ("val", ("test",))):
         some = np.flatnonzero(of_paragraph == SPLITS.index(name))
         for other in above:
             taken[some] |= held[other].holds(hashes[some])
-    left = np.bincount(owners[~taken], minlength=len(split))
-    return taken, np.where(left > 0, split, DROPPED).astype(np.int8)
+    return taken
+
+
+def _what_stays(survey: results.Result, split: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """The splits of a unit's documents, without those of which nothing is left."""
+    left = np.bincount(_paragraph_owners(survey)[~taken], minlength=len(split))
+    return np.where(left > 0, split, DROPPED).astype(np.int8)
 
 
 def _sample(hashes: np.ndarray, sizes: np.ndarray, among: np.ndarray, enough: int, seed: int) -> np.ndarray:

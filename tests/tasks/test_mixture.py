@@ -1,9 +1,12 @@
 """Mixtures: rows come in the proportions asked for, in an order of seed and place alone, and no held-out document is trained on."""
 
+import hashlib
 import json
+import random
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from configs.load import load
 from configs.mixture import MixtureDataConfig
 from configs.prepare import TokenizerConfig
 from tasks.preparation import preparation_of, prepare
-from tests.tasks.test_preparation import files_of, held, some_texts, write_jsonl
+from tests.tasks.test_preparation import files_of, held, paragraphs_of, some_texts, write_jsonl
 from trainer.data import eval_batches, load_manifest, train_loader
 from trainer.data.base import FIELDS
 from trainer.errors import DataError
@@ -112,6 +115,39 @@ def test_held_out_splits_are_the_parts_own_and_no_held_out_document_is_in_any_tr
         assert any(out & set(some_texts(60, seed=9))), "some held-out document is in all parts"
         assert sum(len(b["inputs"]) for b in eval_batches(ref.path, manifest, split, batch_size=1)) == manifest.splits[split].rows
     assert manifest.splits["train"].documents == sum(load_manifest(part.path).splits["train"].documents for part in alone)
+
+
+@pytest.mark.parametrize("tokenizer", [{"kind": "byte"}, {"kind": "bpe", "vocab_size": 300}])
+def test_no_paragraph_that_one_part_holds_out_stands_in_a_larger_split_of_any_part(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr("tasks.preparation.units.UNIT", 900)  # shared paragraphs stand in different units
+    rng = random.Random(4)
+    pool = [f"paragraph {i} of all" for i in range(80)]
+    for name in "abc":
+        texts = ["\n\n".join([f"{name} {i}", *rng.choices(pool, k=rng.randint(0, 3))]) for i in range(70)]
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    config = mixture(tmp_path, tokenizer=tokenizer, val_fraction=0.15)
+    ref = prepare(config, cache=tmp_path)
+    folders = [Path(ref.path, load_manifest(ref.path).splits["train"].shards[i].file).parent.resolve() for i in range(3)]
+    parts = [SimpleNamespace(path=folder) for folder in folders]
+    stands = {split: {p for part in parts for text in held(part, split) for p in paragraphs_of(text)} for split in ("train", "val", "test")}
+    assert not stands["train"] & (stands["val"] | stands["test"]) and not stands["val"] & stands["test"]
+    # What is held out at all is what a plain reading of the rules holds out, so nothing else was taken.
+    splits = {"train": set(), "val": set(), "test": set()}
+    for name in "abc":
+        for line in (tmp_path / f"{name}.jsonl").read_text().splitlines():
+            text = json.loads(line)["text"]
+            at = int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
+            splits["test" if at < 0.1 else "val" if at < 0.25 else "train"] |= set(paragraphs_of(text))
+    assert stands["test"] == splits["test"] and stands["val"] == splits["val"] - splits["test"]
+    assert stands["train"] == splits["train"] - splits["val"] - splits["test"]
+    assert (
+        preparation_of(config, cache=tmp_path).known()
+        == ref
+        == prepare(config, cache=tmp_path / "again").model_copy(update={"path": ref.path})
+    )
+    alone = prepare(config.parts[0].data, cache=tmp_path)
+    assert alone.digest != load_manifest(folders[0]).digest, "another's held-out text took something from it"
+    assert prepare(config.parts[0].data, cache=tmp_path / "fresh").digest == alone.digest
 
 
 def test_another_weight_is_other_data_of_the_same_parts_and_the_scale_of_weights_is_none(folder, ref):
