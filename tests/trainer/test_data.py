@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from trainer.data.base import FIELDS
 from trainer.errors import DataError
 from trainer.files import seal
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
     "the",
     "cat",
@@ -100,12 +102,26 @@ def test_several_shards_read_as_one_sequence(data):
     assert same({f: np.stack([rows[i][f] for i in range(len(rows))]) for f in FIELDS}, stacked(parts))
 
 
-@pytest.mark.parametrize("num_processes", [2, 4, 6])
-def test_the_global_batch_does_not_depend_on_the_number_of_processes(data, num_processes):
-    alone = list(islice(train_loader(*data, batch_size=12, seed=3), 40))
-    parts = [train_loader(*data, batch_size=12, seed=3, num_processes=num_processes, process_index=p) for p in range(num_processes)]
-    for whole in alone:
+@pytest.mark.parametrize("num_processes", [2, 4, 8])
+def test_the_global_batch_does_not_depend_on_the_number_of_processes_nor_on_kills(data, num_processes):
+    """Over several epochs; all are killed at every seventh step, and go on from the state in JSON with other batches read ahead."""
+
+    def started():
+        return [train_loader(*data, batch_size=16, seed=3, num_processes=num_processes, process_index=p) for p in range(num_processes)]
+
+    steps = 3 * data[1].splits["train"].rows // 16
+    alone = train_loader(*data, batch_size=16, seed=3)
+    parts = started()
+    for step in range(1, steps + 1):
+        whole = next(alone)
         assert same(whole, stacked([next(part) for part in parts]))
+        if step % 7 == 0:
+            states = [json.dumps(part.get_state()) for part in parts]
+            assert set(states) == {json.dumps(alone.get_state())}
+            parts = started()
+            for part in parts:
+                part.set_state(json.loads(states[0]))
+    assert steps > 21
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(data):
@@ -244,6 +260,16 @@ def test_a_manifest_that_does_not_fit_its_folder_is_refused_with_the_way_out(dat
     file.unlink()
     with pytest.raises(DataError, match=way_out):
         load_manifest(copy)
+
+
+def test_memory_of_the_loader_stays_within_its_bound_however_much_it_reads():
+    """A gigabyte in batches of 8 MB, several times over; `make bench-data` does it with ten."""
+    command = [sys.executable, "-m", "tests.benchmarks.loader", "--gigabytes", "1", "--shard-rows", "1024", "--json"]
+    done = subprocess.run([*command, "--batch-size", "256", "--batches", "8"], capture_output=True, text=True, cwd=ROOT, check=True)
+    found = json.loads(done.stdout)
+    assert found["bytes"] > 1e9 and found["rows"] * 2048 * 16 > 1e9
+    assert found["memory"] < found["bound"] < found["bytes"] / 5
+    assert found["memory"] < found["memory_early"] + 4e6, "it does not grow"
 
 
 def test_a_shard_that_is_no_arrow_file_is_refused(tmp_path):

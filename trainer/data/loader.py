@@ -16,6 +16,9 @@ from .shards import RemoteRows
 if TYPE_CHECKING:
     from .base import Batch, Loader
 
+READ_AHEAD = 8  # batches
+MOST_HELD = READ_AHEAD + 4  # batches in memory: read ahead, being made, handed out
+SPARE = 32_000_000  # bytes
 Ranges = Sequence[tuple[int, int]]  # [a, b), ascending and apart
 
 
@@ -49,7 +52,11 @@ def place_of(step: int, leave_out: Ranges = ()) -> int:
 
 
 class TrainLoader:
-    """A Loader over a Grain dataset of batches; its place is that after the last batch handed out, not after the last read ahead."""
+    """A Loader over a Grain dataset of batches; its place is that after the last batch handed out, not after the last read ahead.
+
+    Memory of its own, beyond the libraries': MOST_HELD batches and SPARE bytes, however large the data is and however long it
+    runs (tests/trainer/test_data.py). Rows that were read stay in mapped files, which the kernel takes back when it needs room.
+    """
 
     def __init__(self, dataset: Any, leave_out: Ranges = ()):
         self._iterator = iter(dataset)
@@ -160,7 +167,7 @@ def batches_of(
     dataset = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
     # The slice comes after the batch: slicing rows first would change which rows meet in a global batch.
     dataset = dataset.batch(batch_size // num_processes)[process_index::num_processes]
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
 
 
 def eval_batches(folder: str | Path, manifest: DataManifest, split: str, *, batch_size: int) -> "Iterator[Batch]":
