@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ import pyarrow as pa
 from trainer.data.base import FIELDS
 from trainer.data.loader import MOST_HELD, SPARE, TrainLoader, batches_of
 from trainer.data.packed import ShardedRows
-
-FILLING = 0.3  # seconds in which all is read ahead that will be
 
 
 def write_shard(path: Path, *, rows: int, seq_len: int) -> int:
@@ -41,6 +40,16 @@ def own_memory() -> int:
     """Bytes of this process that are not of mapped files."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+def at_rest(read: Callable[[], int]) -> int:
+    """What `read` says once all is read ahead that will be."""
+    last, same = read(), 0
+    while same < 3:
+        time.sleep(0.07)
+        now = read()
+        same, last = (same + 1 if abs(now - last) < 100_000 else 0), now
+    return last
 
 
 def linked(folder: Path, *, size: float, rows: int, seq_len: int) -> list[Path]:
@@ -68,8 +77,7 @@ def measure(paths: list[Path], *, batch_size: int, batches: int) -> dict[str, fl
         for _ in range(batches):
             next(loader)
         speeds.append(batches * shape[0] * shape[1] / (time.perf_counter() - began))
-        time.sleep(FILLING)
-        memory.append(own_memory() - before)
+        memory.append(at_rest(own_memory) - before)
     for k in range(5):
         began = time.perf_counter()
         loader.set_state({"next_index": (10**9 + 7919 * k) // batch_size})
