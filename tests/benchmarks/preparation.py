@@ -21,9 +21,11 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 from configs.load import load
 from tasks.server import server
+from tests.benchmarks.timed import Watched
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,8 +123,8 @@ def run(home: Path, options: argparse.Namespace) -> None:
             config = load(
                 "tiny", [*words, f"execution.prepare={kind}", f"execution.prepare_workers={options.workers}", f"name=bench-{kind}"]
             )
-            found: dict = {}
-            with measured(found):
+            found: dict = {"stages": []}
+            with patch("tasks.data.TaskPerJob", Watched), patch.object(Watched, "stages", found["stages"]), measured(found):
                 prepare(config)
             rows.append((f"preparation, {kind}", found))
     print(f"{size / 1e6:.1f} MB in {options.files} files, {options.workers} workers")
@@ -131,6 +133,10 @@ def run(home: Path, options: argparse.Namespace) -> None:
         over = [found[what] / base[what] - 1 for what in ("wall", "cpu")]
         print(f"{name:<26}{found['wall']:>9.1f}{found['cpu']:>9.1f}{size / 1e6 / found['wall']:>8.2f}{over[0]:>+26.1%}{over[1]:>+8.1%}")
     print(f"{'learning the tokenizer':<26}{learnt['wall']:>9.1f}{learnt['cpu']:>9.1f}")
+    for name, found in rows[1:]:
+        print(f"\n{name}: share of each stage in which a worker had no job, of each worker")
+        for stage, jobs, seconds, busy in found["stages"]:
+            print(f"  {stage:<10}{jobs:>5} jobs{seconds:>8.1f} s   " + "  ".join(f"{1 - one / seconds:>6.1%}" for one in busy))
 
 
 if __name__ == "__main__":
