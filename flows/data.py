@@ -52,7 +52,7 @@ def prepare(
             answer({"status": "stopped"}, as_json=as_json)
             raise SystemExit(e.exit_code) from e
     manifest = load_manifest(ref.path)
-    for name, split in manifest.splits.items():
+    for name, split in _in_order(manifest.splits):
         if not as_json:
             say(f"{name:<6} {split.documents:>9,} documents  {split.bytes:>13,} bytes  {split.tokens:>12,} tokens  {split.rows:>10,} rows")
     next_step(f"everstep train {' '.join(words)}".rstrip(), f"everstep data inspect {shown(ref.path)}")
@@ -145,9 +145,16 @@ def _decoded(folder: Path, manifest: Any, split: str, *, count: int, seed: int) 
         yield in_words(number, held[number], tokenizer)
 
 
+def _in_order(splits: Any) -> list[tuple[str, Any]]:
+    """The splits as people name them: train, val, test."""
+    from tasks.preparation.documents import SPLITS
+
+    return [(name, splits[name]) for name in SPLITS if name in splits]
+
+
 def _show(manifest: Any, samples: list[dict[str, Any]], line: Callable[[str], object]) -> None:
     line(f"{manifest.digest}  rows of {manifest.seq_len} tokens out of {manifest.vocab_size:,}, packing {manifest.settings['packing']}")
-    for name, split in manifest.splits.items():
+    for name, split in _in_order(manifest.splits):
         line(
             f"{name:<6} {split.documents:>9,} documents  {split.bytes:>13,} bytes  {split.tokens:>12,} tokens  {split.rows:>10,} rows, "
             f"{100 * split.utilisation:.2f} % full, in {len(split.shards)} files"
@@ -157,7 +164,7 @@ def _show(manifest: Any, samples: list[dict[str, Any]], line: Callable[[str], ob
         line(f"left out: {count:,} rows: {reason}")
     most = max((count for counts in manifest.histogram.values() for count in counts), default=1)
     for i in range(max(map(len, manifest.histogram.values()), default=0)):
-        counts = {name: own[i] if i < len(own) else 0 for name, own in manifest.histogram.items()}
+        counts = {name: own[i] if i < len(own) else 0 for name, own in _in_order(manifest.histogram)}
         if any(counts.values()):
             bar = "#" * -(-40 * max(counts.values()) // most)
             line(f"{2**i:>9,} tokens up  " + "  ".join(f"{name} {count:>7,}" for name, count in counts.items()) + f"  {bar}")

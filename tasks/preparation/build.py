@@ -17,7 +17,6 @@ is prepared once however many ask for it: a kernel lock per digest makes the oth
 
 import copy
 import errno
-import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,8 +49,6 @@ from .survey import SurveyJob, spool_of
 from .tokenizer import given_file, make_tokenizer
 from .tokens import TokenizeJob, versions
 from .units import units_of
-
-log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
 # Bytes of text, about, up to which it is kept from the first reading to the last: parsing it twice more costs 4 % of
@@ -173,8 +170,7 @@ class Preparation:
             spool_of(path).unlink(missing_ok=True)
         results.prune(self.work)
         train, val = manifest.splits["train"], manifest.splits["val"]
-        log.info("prepared %s: %d + %d rows of %d tokens in %s", config.path, train.rows, val.rows, manifest.seq_len, folder)
-        self._tell(f"prepared in {folder}")
+        self._tell(f"prepared {config.path}: {train.rows:,} + {val.rows:,} rows of {manifest.seq_len} tokens in {folder}")
         return ref
 
     def _survey(self) -> list[Path]:
@@ -216,6 +212,7 @@ class Preparation:
         samples = [SampleJob(reader, some.tobytes(), work) for reader, some in drawn]
         sampled = tuple(found["path"] for found in self._all("sampling", samples))
         self._tell(f"making the {config.tokenizer.kind} tokenizer")
+        self._on_advance(Progress("making the tokenizer", ()))
         tokenizer_path = self._tokenizer(folder, sampled)
         tokenizer = load_tokenizer(tokenizer_path)
         digest = results.key_of(crc32c(tokenizer_path), tokenizer_path.stat().st_size, self._versions)

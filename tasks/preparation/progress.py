@@ -27,7 +27,7 @@ class Progress:
     @property
     def fraction(self) -> float:
         """Of the stage."""
-        return self.size_done / self.size if self.size else float(self.jobs_done == self.num_jobs)
+        return self.size_done / self.size if self.size else float(0 < self.jobs_done == self.num_jobs)
 
     @property
     def seconds_left(self) -> float | None:
@@ -36,10 +36,20 @@ class Progress:
         return seconds / self.size_done * (self.size - self.size_done) if self.size_done else None
 
     def __str__(self) -> str:
-        speed = self.size_done / 1e6 / max(time.monotonic() - self._began, 1e-3)
-        parts = [f"{self.jobs_done}/{self.num_jobs}", f"{speed:.1f} MB/s"]
+        if not self.num_jobs:
+            return self.stage
+        parts = [f"{self.jobs_done}/{self.num_jobs}"]
+        if self.size_done:  # before, there is no speed to tell
+            parts.append(f"{self.size_done / 1e6 / max(time.monotonic() - self._began, 1e-3):.1f} MB/s")
         if self.tokens:
             parts.append(f"{self.tokens / 1e6:.1f} M tokens")
-        if self.seconds_left is not None:
-            parts.append(f"ETA {self.seconds_left:.0f} s")
+        if self.seconds_left and self.jobs_done < self.num_jobs:
+            parts.append(f"ETA {_clock(self.seconds_left)}")
         return f"{self.stage} " + ", ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    """12 s, 3:25 or 1:02:30."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}" if minutes else f"{rest} s"

@@ -261,6 +261,25 @@ def test_text_is_kept_between_the_readings_so_that_what_was_first_read_is_prepar
         assert files_of(again.path) == files_of(prepare(small(tmp_path / "a.jsonl"), cache=tmp_path / f"all{limit}").path)
 
 
+def test_progress_says_what_there_is_to_say_and_no_more(monkeypatch):
+    from tasks.preparation.progress import Progress
+
+    class Job:
+        size = 9_000_000
+
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    stage = Progress("tokenizing", [Job(), Job(), Job()])
+    assert (str(stage), stage.fraction) == ("tokenizing 0/3", 0.0)
+    clock[0] = 100.0
+    stage.add(Job(), {"splits": {"train": {"tokens": 2_000_000}, "val": {"tokens": 500_000}}})
+    assert str(stage) == "tokenizing 1/3, 0.1 MB/s, 2.5 M tokens, ETA 3:20" and stage.fraction == pytest.approx(1 / 3)
+    stage.add(Job(), {})
+    stage.add(Job(), {})
+    assert "ETA" not in str(stage) and stage.fraction == 1.0
+    assert (str(Progress("making the tokenizer", [])), Progress("", []).fraction) == ("making the tokenizer", 0.0)
+
+
 def test_a_cache_that_cannot_be_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file stands where the folder should be")
     with pytest.raises(DataError, match="set EVERSTEP_CACHE"):
