@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, ClassVar
 
 from .base import Bad, Part, Reading, Row
-from .columns import missing, rows_of
-from .parquet import BROKEN, damaged, of_store
+from .columns import BROKEN, Table, damaged, missing, of_store, rows_of
 
 MAGIC = b"ARROW1"
 OLD_FEATHER = b"FEA1"
@@ -16,14 +15,10 @@ BEGIN = b"\xff\xff\xff\xff"  # of every message of a stream
 END = BEGIN + b"\0\0\0\0"  # of a stream
 
 
-class Arrow:
+class Arrow(Table):
     """A row, a document."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".arrow", ".feather", ".ipc", ".arrows")
-    place: ClassVar[str] = "{path} row {number}"
-    has_fields: ClassVar[bool] = True
-    compressed: ClassVar[bool] = False
-    sliced: ClassVar[bool] = True
 
     def read(self, open_file: Callable[[], IO[bytes]], part: Part, wanted: Reading) -> Iterator[Row | Bad]:
         """See Format.read."""

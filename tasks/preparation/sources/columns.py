@@ -1,12 +1,37 @@
-"""Rows out of Arrow record batches, as Parquet and Arrow files give them."""
+"""What Parquet and Arrow files have in common: rows out of record batches, and what is wrong with a file."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Bad, Reading, Row
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+# What reading a damaged file may come to: pyarrow's own errors (of which most are a ValueError or an OSError), and Python's
+# at a length or a place that cannot be.
+BROKEN = (OSError, ValueError, LookupError, TypeError, NotImplementedError, MemoryError, OverflowError)
+
+
+class Table:
+    """What a format of tables says of itself; see Format."""
+
+    place: ClassVar[str] = "{path} row {number}"
+    has_fields: ClassVar[bool] = True
+    compressed: ClassVar[bool] = False
+    sliced: ClassVar[bool] = True
+
+
+def of_store(error: Exception) -> bool:
+    """Whether an error is of the store, not of what a file holds: pyarrow's own have no number."""
+    return isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError)
+
+
+def damaged(row: int, kind: str, error: Exception) -> Bad:
+    """The end of a file that cannot be read beyond `row` rows."""
+    if row == 0:
+        return Bad(0, "damaged file", f" is no {kind} file that can be read: {error}")
+    return Bad(row + 1, "damaged file", f" and all after it cannot be read: {error}; the {kind} file is damaged")
 
 
 def missing(names: list[str], wanted: Reading) -> str | None:

@@ -4,22 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import IO, ClassVar
 
 from .base import Bad, Part, Reading, Row
-from .columns import missing, rows_of
+from .columns import BROKEN, Table, damaged, missing, of_store, rows_of
 
 BATCH = 256  # rows that are Python objects at a time
-# What reading a damaged file may come to: pyarrow's own errors (of which most are a ValueError or an OSError), and Python's
-# at a length or a place that cannot be.
-BROKEN = (OSError, ValueError, LookupError, TypeError, NotImplementedError, MemoryError, OverflowError)
 
 
-class Parquet:
+class Parquet(Table):
     """A row, a document."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
-    place: ClassVar[str] = "{path} row {number}"
-    has_fields: ClassVar[bool] = True
-    compressed: ClassVar[bool] = False
-    sliced: ClassVar[bool] = True
 
     def read(self, open_file: Callable[[], IO[bytes]], part: Part, wanted: Reading) -> Iterator[Row | Bad]:
         """See Format.read."""
@@ -54,15 +47,3 @@ class Parquet:
         with open_file() as stream:
             metadata = pq.ParquetFile(stream).metadata
             return sum(metadata.row_group(i).num_rows for i in range(part.of_total(metadata.num_row_groups).start))
-
-
-def of_store(error: Exception) -> bool:
-    """Whether an error is of the store, not of what a file holds: pyarrow's own have no number."""
-    return isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError)
-
-
-def damaged(row: int, kind: str, error: Exception) -> Bad:
-    """The end of a file that cannot be read beyond `row` rows."""
-    if row == 0:
-        return Bad(0, "damaged file", f" is no {kind} file that can be read: {error}")
-    return Bad(row + 1, "damaged file", f" and all after it cannot be read: {error}; the {kind} file is damaged")

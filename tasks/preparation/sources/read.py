@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from trainer.errors import DataError
 
 from .base import Bad, Document, File, Format, Part, Reading, Row
+from .columns import of_store
 from .find import can_be_sliced, find_files, format_of, open_file, shown, still_the_same, storage_errors
-from .parquet import of_store
 from .unpack import DAMAGED
 
 __all__ = ["Left", "can_be_sliced", "find_files", "message", "read_documents"]
