@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-loop bench-data bench-gpu kills chaos points chaos-uploads lock clean
+.PHONY: help demo test lint format bench bench-loop bench-data bench-gpu kills chaos points damages chaos-uploads lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,9 @@ chaos: $(READY) ## kill trainers 1,000 times (KILLS=n) at random moments, compar
 
 points: $(READY) ## stop a run at 200 drawn system calls that change its directory, and compare its end (POINTS=all: at each, hours)
 	@$(RUN) -m tests.faults.points --points $(or $(POINTS),200) 2>/dev/null
+
+damages: $(READY) ## damage the files of a checkpoint 10,000 times at random: none may pass unseen (`make test` does it 300 times)
+	@JAX_PLATFORMS=cpu $(RUN) -m tests.faults.damages --trials $(or $(TRIALS),10000) --seed $(or $(SEED),0)
 
 chaos-uploads: $(READY) ## publish 1,000 times to a bucket that fails 30 % of the time (`make test` does it 8 times)
 	@EVERSTEP_UPLOADS=1000 $(RUN) -m pytest --timeout 3000 tests/tasks/test_gcs.py -k hostile

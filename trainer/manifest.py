@@ -1,8 +1,8 @@
-"""MANIFEST.json makes a checkpoint: size and crc32c of every file, written last.
+"""MANIFEST.json makes a checkpoint: size, crc32c and crc32 of every file, written last.
 
 Orbax keeps no checksum of array data and restores flipped bits silently, so nothing is read from a directory whose files
 are not exactly those of its manifest. The manifest is canonical JSON that ends with the crc32c of what stands before it;
-a reader writes it again and compares the bytes.
+a reader writes it again and compares the bytes. Version 1 had no crc32, and so took one OCDBT file for another of its size.
 """
 
 import json
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .files import crc32c, fsync_tree, seal, walk, write_atomic
+from .files import checksums, crc32c, fsync_tree, seal, walk, write_atomic
 
 NAME = "MANIFEST.json"
 DIGITS = 8
+VERSION = 2
+FACTS = {1: {"size", "crc32c"}, 2: {"size", "crc32c", "crc32"}}  # of each file, by version
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ def newest_meta(root: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {step} in {root} is damaged: {e}; `everstep resume {root.parent}` sets it aside") from e
 
 
-def _encode(step: int, files: dict[str, dict]) -> bytes:
-    return seal({"files": files, "step": step, "version": 1})
+def _encode(step: int, files: dict[str, dict], version: int = VERSION) -> bytes:
+    return seal({"files": files, "step": step, "version": version})
 
 
 def _listing(folder: Path) -> dict[str, dict]:
     return {
-        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "crc32c": crc32c(p)}
+        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, **checksums(p)}
         for p in walk(folder)
         if p != folder / NAME and p.is_file() and not p.is_symlink()
     }
@@ -83,11 +85,15 @@ def _own_crc(data: bytes) -> str:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """What a manifest says: `step`, `files` (name -> size and crc32c) and its own `crc32c`. Raises ValueError if it is damaged."""
+    """What a manifest says: `step`, `files` (name -> size and checksums) and its own `crc32c`. Raises ValueError if it is damaged."""
     try:
         found = json.loads(data)
-        if data != _encode(found["step"], found["files"]):
+        if data != _encode(found["step"], found["files"], found["version"]):
             raise ValueError(f"{NAME} does not match its own crc32c")
+        if found["version"] not in FACTS:
+            raise ValueError(f"{NAME} is of version {found['version']}, which this everstep does not read; bring it up to date")
+        if not all(facts.keys() == FACTS[found["version"]] for facts in found["files"].values()):
+            raise ValueError(f"{NAME} does not say of every file what one of version {found['version']} says")
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{NAME} is damaged") from e
     return found
@@ -95,10 +101,14 @@ def parse(data: bytes) -> dict[str, Any]:
 
 def problems(folder: Path, step: int) -> list[str]:
     """What is wrong with the files of checkpoint `step`, one line each; empty where it is whole."""
+    if folder.is_symlink() or (folder / NAME).is_symlink():
+        return [f"{folder.name if folder.is_symlink() else NAME}: a link, whose target is nobody's checkpoint"]
     try:
         data = (folder / NAME).read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return [f"{NAME} is missing: the checkpoint was never committed"]
+    except OSError as e:
+        return [f"{NAME} cannot be read: {e.strerror}"]
     try:
         found = parse(data)
     except ValueError as e:
@@ -107,15 +117,22 @@ def problems(folder: Path, step: int) -> list[str]:
     there = {p.relative_to(folder).as_posix(): p for p in walk(folder) if p != folder / NAME}
     out += [f"{name}: missing" for name in sorted(found["files"].keys() - there.keys())]
     out += [f"{name}: not in the manifest" for name in sorted(there.keys() - found["files"].keys())]
-    for name in sorted(found["files"].keys() & there.keys()):
-        want, path = found["files"][name], there[name]
+    common = sorted(found["files"].keys() & there.keys())
+    return out + [f"{name}: {wrong}" for name in common if (wrong := _unlike(there[name], found["files"][name]))]
+
+
+def _unlike(path: Path, want: dict[str, Any]) -> str | None:
+    """What is wrong with one file, if anything is. A sector that cannot be read is damage like any other."""
+    try:
         if path.is_symlink() or not path.is_file():
-            out.append(f"{name}: not a plain file")
-        elif (size := path.stat().st_size) != want["size"]:
-            out.append(f"{name}: {size} bytes instead of {want['size']}")
-        elif crc32c(path) != want["crc32c"]:
-            out.append(f"{name}: other bytes (crc32c)")
-    return out
+            return "not a plain file"
+        if (size := path.stat().st_size) != want["size"]:
+            return f"{size} bytes instead of {want['size']}"
+        found = checksums(path) if "crc32" in want else {"crc32c": crc32c(path)}
+        wrong = [name for name, value in found.items() if value != want[name]]
+        return f"other bytes ({wrong[0]})" if wrong else None
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
 
 
 def own_crc(folder: Path) -> str:

@@ -76,7 +76,7 @@ class GcsStore:
             raise StorageError(f"the copy of checkpoint {step} in {self.address} cannot be used: {e}") from e
         part = target.with_name(f"{PART}{target.name}")
         part.mkdir(parents=True, exist_ok=True)
-        wanted = {name: Facts(**facts) for name, facts in record["files"].items()}
+        wanted = {name: _facts(facts) for name, facts in record["files"].items()}
         here = {p.relative_to(part).as_posix(): facts_of(p) for p in part.rglob("*") if p.is_file()}
         for name in here.keys() - wanted.keys():
             (part / name).unlink()
@@ -141,7 +141,12 @@ def _folder(step: int) -> str:
 
 def _wanted(record: Mapping[str, Any]) -> dict[str, Facts]:
     """The objects of a copy, but for its marks."""
-    return {f"{_folder(record['step'])}/{name}": Facts(**facts) for name, facts in record["files"].items()}
+    return {f"{_folder(record['step'])}/{name}": _facts(facts) for name, facts in record["files"].items()}
+
+
+def _facts(entry: Mapping[str, Any]) -> Facts:
+    """What a bucket says too of a file in a manifest."""
+    return Facts(entry["size"], entry["crc32c"])
 
 
 def _unlike(here: Mapping[str, Facts], wanted: Mapping[str, Facts]) -> list[str]:
