@@ -26,7 +26,7 @@ from .prepare import TextDataConfig
 from .publish import PublishConfig
 
 # What changes neither weights nor rows: left out of the digest, free to change when a run goes on.
-FREE = ("name", "mesh", "execution", "publish", "trainer.logger")
+FREE = ("name", "mesh", "execution", "publish", "trainer.logger", "checkpoint.quota_gb")
 
 
 class RunConfig(Config):

@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 
 from trainer.errors import ConfigError, EverstepError, StoppedError
 
-from . import data
+from . import data, upkeep
 from .console import say
 from .shell import Json, RunPath, answer, next_step, run_path, shown, split_preset
 
@@ -29,6 +29,8 @@ config_app = App(name="config", help="Show presets and what a run's config may h
 app.command(config_app)
 app.command(data.prepare)
 app.command(data.app)
+app.command(upkeep.verify)
+app.command(upkeep.prune)
 
 Overrides = Annotated[tuple[str, ...], Parameter(help="Changes of the preset, such as optimizer.schedule.lr=1e-3 or model=llama-small.")]
 RunDirOption = Annotated[Path | None, Parameter(name="--run-dir", help="Where the run lives; runs/NAME if not given.")]
@@ -165,27 +167,6 @@ def logs(run: RunPath, *, follow: Annotated[bool, Parameter(name=["--follow", "-
     events = show.logs(path, follow=follow, quiet=as_json)
     next_step(f"everstep status {shown(path)}")
     answer({"events": events, "logs": str(path / "logs")}, as_json=as_json)
-
-
-@app.command
-def verify(run: RunPath, *, as_json: Json = False) -> None:
-    """Check every file of every checkpoint against its manifest, and give the digests of what they hold. Changes nothing."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a card may be busy training
-    from trainer.checkpoint import verify as check
-
-    path = run_path(run, weights="all")
-    found = check(path)
-    for row in found:
-        state = f"params {row['params_sha256'][:16]}  state {row['state_sha256'][:16]}" if row["ok"] else "; ".join(row["problems"])
-        if not as_json:
-            say(f"step {row['step']:>8}  {'ok     ' if row['ok'] else 'DAMAGED'}  {state}")
-    good = bool(found) and all(row["ok"] for row in found)
-    next_step(
-        f"everstep status {shown(path)}" if good else f"everstep resume {shown(path)}   sets damaged ones aside and trains them again"
-    )
-    answer({"checkpoints": found}, as_json=as_json)
-    if not good:
-        raise SystemExit(1)
 
 
 @app.command(name="eval")

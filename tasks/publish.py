@@ -17,7 +17,9 @@ from trainer.errors import DamagedError, StorageError
 from trainer.retention import steps_to_delete
 from trainer.rundir import RunDir
 
+from .aside import keep_to_quota
 from .refs import CheckpointRef, DataRef, PublishedRef, already_done
+from .stores import LocalStore, Store
 from .summary import best_of, store_of
 from .writer import current
 
@@ -40,15 +42,7 @@ def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run
     if known.get(ref.step) == ref.manifest_crc32c:
         return already_done(PublishedRef(step=ref.step, url=store.address), f"step {ref.step} is published")
     folder = place.checkpoints / manifest.name_of(ref.step)
-    newest = max([ref.step, *known])  # a copy that is made again must not take rows from newer ones
-    history = [row for row in rows.read(place.metrics) if row["step"] <= newest]
-    others: dict[str, bytes | Path] = {
-        "config.json": place.config,
-        "run.json": place.identity,
-        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in history).encode(),
-        "tokenizer.json": Path(data.path) / "tokenizer.json",
-        "data.json": Path(data.path) / "manifest.json",
-    }
+    others = beside(place, Path(data.path), newest=max([ref.step, *known]))  # one made again must not take rows from newer ones
     try:
         url = copies.insist(lambda: store.publish(ref.step, folder, others))
     except DamagedError:
@@ -60,6 +54,18 @@ def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run
     place.event("published", step=ref.step, url=shown, manifest_crc32c=ref.manifest_crc32c)
     log.info("published step %d to %s", ref.step, url)
     return PublishedRef(step=ref.step, url=url)
+
+
+def beside(run_dir: RunDir, data: Path, *, newest: int) -> dict[str, bytes | Path]:
+    """What another machine needs besides a checkpoint to go on, by its name in the store: rows up to step `newest`, and more."""
+    history = [row for row in rows.read(run_dir.metrics) if row["step"] <= newest]
+    return {
+        "config.json": run_dir.config,
+        "run.json": run_dir.identity,
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in history).encode(),
+        "tokenizer.json": data / "tokenizer.json",
+        "data.json": data / "manifest.json",
+    }
 
 
 @task(task_run_name="withdraw", cache_policy=NO_CACHE)
@@ -103,19 +109,24 @@ def bring_back(config: RunConfig, run_dir: RunDir) -> list[int]:
         lost |= set(list(published)[-1:])
     back = []
     for step in sorted(lost & published.keys()):
-        folder = run_dir.checkpoints / manifest.name_of(step)
-        wrong = manifest.problems(folder, step)
         try:
-            if folder.exists():
-                set_aside(run_dir, step, wrong)
-            store.fetch(step, folder)
+            fetch_copy(run_dir, store, step)
         except StorageError as e:
             log.warning("%s", e)
             continue
-        run_dir.event("repaired", step=step, source="published")
-        log.warning("checkpoint %d was damaged and is brought back from its published copy", step)
         back.append(step)
     return back
+
+
+def fetch_copy(run_dir: RunDir, store: Store, step: int) -> None:
+    """Put the published copy of a step in the place of its checkpoint, which is set aside. Raises StorageError."""
+    folder = run_dir.checkpoints / manifest.name_of(step)
+    if folder.exists():
+        set_aside(run_dir, step, manifest.problems(folder, step))
+    run_dir.checkpoints.mkdir(exist_ok=True)
+    store.fetch(step, folder)
+    run_dir.event("repaired", step=step, source="published")
+    log.warning("checkpoint %d was damaged and is brought back from its published copy", step)
 
 
 def _is_damaged(run_dir: RunDir, step: int) -> bool:
@@ -135,22 +146,31 @@ def set_aside(run_dir: RunDir, step: int, wrong: list[str]) -> None:
 def tidy(config: RunConfig, run_dir: RunDir, published: Mapping[int, str]) -> list[int]:
     """Remove the checkpoints that nothing keeps; returns their steps, and those of copies that nothing keeps. Never the newest or best.
 
-    `published` are the copies that are known of; what is not known to have one is kept.
+    `published` are the copies that are known of; what is not known to have one is kept. What is set aside is kept to its quota.
     """
     here = set(manifest.steps_in(run_dir.checkpoints))
-    publishes = config.publish.kind != "none"
-    # Only ends of chunks are published. A copy of an earlier training of the step does not count.
-    waiting = {step for step in here & set(chunk_ends(config)) if not is_published(run_dir, step, published)} if publishes else set()
-    # A copy whose original was set aside as damaged counts like one that is here: it is what can repair it.
-    steps = sorted(here | published.keys())
-    gone = steps_to_delete(steps, best=best_of(config, run_dir), unpublished=waiting, config=config.checkpoint)
+    gone = nothing_keeps(config, run_dir, published)
     trash = run_dir.checkpoints / TRASH
     shutil.rmtree(trash, ignore_errors=True)
     for step in here.intersection(gone):
         trash.mkdir(exist_ok=True)
         os.rename(run_dir.checkpoints / manifest.name_of(step), trash / manifest.name_of(step))
     shutil.rmtree(trash, ignore_errors=True)
+    if isinstance(store := store_of(config, run_dir), LocalStore):
+        store.clear_deleted()
+    keep_to_quota(config, run_dir)
     return gone
+
+
+def nothing_keeps(config: RunConfig, run_dir: RunDir, published: Mapping[int, str]) -> list[int]:
+    """The steps that have a checkpoint, or a copy among the `published`, and that nothing keeps, oldest first."""
+    here = set(manifest.steps_in(run_dir.checkpoints))
+    publishes = config.publish.kind != "none"
+    # Only ends of chunks are published. A copy of an earlier training of the step does not count.
+    waiting = {step for step in here & set(chunk_ends(config)) if not is_published(run_dir, step, published)} if publishes else set()
+    # A copy whose original was set aside as damaged counts like one that is here: it is what can repair it.
+    steps = sorted(here | published.keys())
+    return steps_to_delete(steps, best=best_of(config, run_dir), unpublished=waiting, config=config.checkpoint)
 
 
 def is_published(run_dir: RunDir, step: int, published: Mapping[int, str]) -> bool:

@@ -1,7 +1,9 @@
 """Files that are there whole or not at all: atomic writes, fsync of trees, checksums."""
 
+import contextlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,3 +84,20 @@ def unseal(data: bytes) -> dict[str, Any]:
     if seal(record) != data:
         raise ValueError("it does not match its own crc32c")
     return record
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory; of what is being removed meanwhile, what is still there."""
+    total = 0
+    for p in [path] if path.is_symlink() or not path.is_dir() else walk(path):
+        with contextlib.suppress(OSError):
+            total += p.lstat().st_size
+    return total
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a directory with all in it; what is gone is fine."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -23,6 +23,8 @@ class CheckpointConfig(Config):
     keep_every: int | None = Field(None, ge=1)  # steps; its multiples stay for good; None: off
     monitor: str = Field("loss", min_length=1)  # the value of the validation rows whose best step stays
     monitor_mode: Literal["min", "max"] = "min"
+    # GB that damaged checkpoints and rolled-back futures may take before the oldest go: a small disk sets it, who looks into failures not.
+    quota_gb: float | None = Field(None, ge=0)
     device_digest: Literal["sampled", "full", "off"] = "sampled"  # of the values on the devices, compared after a restore
     root: str | None = None  # None: in the run directory
 

@@ -1,7 +1,7 @@
 """Where verified copies of checkpoints are kept."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,12 @@ class Store(Protocol):
     def published(self) -> dict[int, str]:
         """Steps with a whole copy, ascending, and the crc32c that the copy's manifest ends with."""
 
+    def check(self) -> dict[int, list[str]]:
+        """Every step that has a copy or what may once have been one, ascending, and what is wrong with it.
+
+        Files are read again; in a bucket its own checksums of what lies there are taken.
+        """
+
     def publish(self, step: int, checkpoint: Path, others: Mapping[str, bytes | Path]) -> str:
         """Copy a committed checkpoint and the run's `others` (name -> content or file), verified; returns its address.
 
@@ -32,6 +38,12 @@ class Store(Protocol):
 
     def delete(self, step: int) -> None:
         """Remove a copy, if it is there."""
+
+    def clear(self, keep: Collection[int], *, dry: bool = False) -> dict[str, int]:
+        """Remove what uploads and deletions that were cut off left behind, `dry`: only look; what it is, and its bytes.
+
+        An upload of a step in `keep` that can go on where it was is left. Only for who publishes this run, and between uploads.
+        """
 
 
 def refused(message: str) -> StorageError:

@@ -8,7 +8,7 @@ equal size and crc32c is not sent again, so an upload that was cut off goes on w
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -44,6 +44,24 @@ class GcsStore:
             if not _unlike(here, _wanted(record)):
                 found[step] = record["crc32c"]
         return found
+
+    def check(self) -> dict[int, list[str]]:
+        """See Store.check."""
+        here = self._listing()
+        return {step: self._problems(step, here) for step in sorted(_steps(here))}
+
+    def _problems(self, step: int, here: Mapping[str, Facts]) -> list[str]:
+        try:
+            wanted = _wanted(self._manifest(step))
+        except ValueError as e:
+            return [str(e)]
+        prefix = f"{_folder(step)}/"
+        marks = {prefix + manifest.NAME, prefix + ORBAX}
+        stray = [name for name in here if name.startswith(prefix) and name not in wanted and name not in marks]
+        return [
+            *(f"{name.removeprefix(prefix)}: {'other bytes' if name in here else 'missing'}" for name in _unlike(here, wanted)),
+            *(f"{name.removeprefix(prefix)}: not in the manifest" for name in stray),
+        ]
 
     def publish(self, step: int, checkpoint: Path, others: Mapping[str, bytes | Path]) -> str:
         """See Store.publish."""
@@ -99,6 +117,15 @@ class GcsStore:
             self.bucket.delete([mark] if mark in names else [])
         self.bucket.delete(name for name in names if name not in marks)
 
+    def clear(self, keep: Collection[int], *, dry: bool = False) -> dict[str, int]:
+        """See Store.clear. Objects of a step that has no marker are an upload that was cut off, or a deletion."""
+        here = self._listing()
+        kept = {_folder(step) for step in _steps(here) | set(keep)}
+        left = {n: facts.size for n, facts in here.items() if n.startswith(f"{CHECKPOINTS}/") and _top(n) not in kept}
+        if left and not dry:
+            self.bucket.delete(left)
+        return {f"{self.address}/{name}": size for name, size in left.items()}
+
     def _listing(self) -> dict[str, Facts]:
         """All there is of this run. Raises StorageError where it is another's."""
         here = self.bucket.listing()
@@ -142,6 +169,11 @@ def _folder(step: int) -> str:
 def _wanted(record: Mapping[str, Any]) -> dict[str, Facts]:
     """The objects of a copy, but for its marks."""
     return {f"{_folder(record['step'])}/{name}": _facts(facts) for name, facts in record["files"].items()}
+
+
+def _top(name: str) -> str:
+    """The step's folder that an object belongs to."""
+    return "/".join(name.split("/")[:2])
 
 
 def _facts(entry: Mapping[str, Any]) -> Facts:

@@ -2,16 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from trainer import manifest
 from trainer.errors import DamagedError, StorageError
-from trainer.files import fsync, fsync_tree, write_atomic
+from trainer.files import fsync, fsync_tree, remove, size_of, write_atomic
 
 from .base import IDENTITY, check_owner
 
 PART = ".part-"
+DELETED = "-deleted"  # at the end of what is being removed
 
 
 class LocalStore:
@@ -32,6 +33,11 @@ class LocalStore:
             except (OSError, ValueError, KeyError):
                 continue  # damaged since: to be published again
         return found
+
+    def check(self) -> dict[int, list[str]]:
+        """See Store.check."""
+        self._check_owner()
+        return {step: manifest.problems(self.checkpoints / manifest.name_of(step), step) for step in manifest.steps_in(self.checkpoints)}
 
     def publish(self, step: int, checkpoint: Path, others: Mapping[str, bytes | Path]) -> str:
         """See Store.publish."""
@@ -73,10 +79,23 @@ class LocalStore:
         """See Store.delete."""
         target = self.checkpoints / manifest.name_of(step)
         if target.exists():
-            gone = self.checkpoints / f"{PART}{target.name}-deleted"
+            gone = self.checkpoints / f"{PART}{target.name}{DELETED}"
             shutil.rmtree(gone, ignore_errors=True)
             os.rename(target, gone)  # at once: what is half deleted must not look like a copy
             shutil.rmtree(gone, ignore_errors=True)
+
+    def clear(self, keep: Collection[int], *, dry: bool = False) -> dict[str, int]:
+        """See Store.clear. No upload to a folder goes on where it was."""
+        self._check_owner()
+        found = {p: size_of(p) for p in (*sorted(self.checkpoints.glob(f"{PART}*")), *sorted(self.root.glob("*.part")))}
+        for path in () if dry else found:
+            remove(path)
+        return {str(path): size for path, size in found.items()}
+
+    def clear_deleted(self) -> None:
+        """Remove what is left of copies whose deletion was cut off; no upload that is under way."""
+        for left in self.checkpoints.glob(f"{PART}*{DELETED}"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _check_owner(self) -> None:
         identity = self.root / IDENTITY

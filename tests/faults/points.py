@@ -116,10 +116,7 @@ class Harness:
             "rows": sorted(json.dumps({"step": r["step"], "split": r["split"], **rows.stable(rows.values_of(r))}) for r in found),
             "published": {s: manifest.problems(path / "published/checkpoints" / manifest.name_of(s), s) for s in published(path)},
             "litter": sorted(
-                p.name
-                for folder in ("checkpoints", "published/checkpoints")
-                for p in (path / folder).iterdir()
-                if not p.name.isdigit() and not p.name.endswith("-deleted")  # which goes with the next upload
+                p.name for folder in ("checkpoints", "published/checkpoints") for p in (path / folder).iterdir() if not p.name.isdigit()
             ),
         }
 
