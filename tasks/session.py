@@ -23,6 +23,7 @@ from trainer.errors import (
     TrainerHungError,
     describe,
     final_status,
+    of_the_system,
     revive,
 )
 from trainer.manifest import Commit
@@ -137,7 +138,10 @@ class InlineSession(Session):
             on_row=lambda split, step, values: self.listener("row", [split, step, values]),
             require_exact=self.require_exact,
         )
-        commit = self._run.open()
+        try:
+            commit = self._run.open()
+        except OSError as e:
+            raise of_the_system(e, self.run_dir.path) from e
         self.keeper.own = "other"
         return commit
 
@@ -161,13 +165,13 @@ class InlineSession(Session):
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
         """The run; dropped where a call on it fails, since its arrays may have been donated."""
-        if self._run is None:
-            self.open()
         try:
+            if self._run is None:
+                self.open()
             yield self._run
         except BaseException as e:
             self.close(final_status(e))
-            raise
+            raise of_the_system(e, self.run_dir.path) from e.__cause__
         finally:
             self.keeper.tick()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.load import read_config, to_json
 from configs.run import RunConfig, config_digest, resume_conflicts, validates
-from trainer.errors import ConfigError, RunDirError, describe
+from trainer.errors import ConfigError, DiskError, RunDirError, describe, of_the_system
 from trainer.files import write_atomic
 from trainer.manifest import NAME, name_of, newest_whole, steps_in
 from trainer.rows import Rows
@@ -124,13 +124,22 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
             elif _current.stops.asked or was_asked(e):
                 note_stop(place, "asked to stop")
             else:
-                place.event("failed", **describe(e))
+                e = _of_the_disk(e, place)
+                with contextlib.suppress(OSError):  # where the disk is full, the error itself is what counts
+                    place.event("failed", **describe(e))
+                raise e
             raise
         finally:
             session.close()
             _current = None
     finally:
         lock.release()
+
+
+def _of_the_disk(error: BaseException, place: RunDir) -> BaseException:
+    """An error of this process as one that says what to do about the disk, if that is what it is about."""
+    found = of_the_system(error, place.path) if isinstance(error, OSError) else error
+    return found if isinstance(found, DiskError) else error
 
 
 def attempt() -> int:

@@ -138,7 +138,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the background and let go; an unfinished save does not become a checkpoint."""
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as e:  # of a save, which `finish` has told already; raised here it would hide the reason
+            log.debug("a save did not end well: %s", e)
 
     def set_aside(self, step: int, wrong: list[str]) -> None:
         """Move a checkpoint that cannot be used to `damaged/`, where nothing reads it."""

@@ -4,6 +4,7 @@ The writer is whoever holds a kernel lock on `run.lock`. The flow process and it
 so the lock is free exactly when both are dead, however they died.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -42,7 +43,9 @@ class RunDir:
         try:
             if _torn(self.events):
                 line = "\n" + line
-            os.write(fd, line.encode())
+            data = line.encode()
+            if (written := os.write(fd, data)) < len(data):
+                os.write(fd, data[written:])  # a disk that fills up takes a part, and is an error at the next
         finally:
             os.close(fd)
 
@@ -127,9 +130,10 @@ class WriterLock:
                         "another directory by --run-dir"
                     ) from None
                 time.sleep(0.1)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
         self.fd = fd
+        with contextlib.suppress(OSError):  # for people only: a full disk must let who makes room in
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
         """Give this process's share of the lock back."""

@@ -188,6 +188,7 @@ def main() -> None:
     root.addHandler(LogToPipe(pipe))
     logging.getLogger("trainer").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of a failed restore in dozens of tracebacks
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and of a failed save in one for each array; the error itself is raised
     from . import run  # noqa: F401  the imports of seconds, before anything is asked
 
     progress.enter("idle")
