@@ -42,7 +42,8 @@ class Books:
         with open(path, "a+b") as f:
             if os.fstat(f.fileno()).st_size != _SIZE:  # none, or of another version
                 f.truncate(0)
-                f.truncate(_SIZE)
+                f.write(bytes(_SIZE))  # room that is taken: a mapped hole on a full disk would end the process
+                f.flush()
             self._numbers = memoryview(mmap.mmap(f.fileno(), _SIZE)).cast("d")
 
     def __getitem__(self, name: str) -> float:

@@ -117,15 +117,16 @@ def writing(config: RunConfig, run_dir: Path | str | None = None, *, require_exa
             yield _current
         except BaseException as e:
             session.close()
-            if _current.result is None:
-                _current.note_time(newest_step(place))
+            with contextlib.suppress(OSError):  # where the disk is full, the error itself is what counts
+                if _current.result is None:
+                    _current.note_time(newest_step(place))
             if _current.result is not None:
                 pass  # all was done: what failed or was stopped are last reports
             elif _current.stops.asked or was_asked(e):
                 note_stop(place, "asked to stop")
             else:
                 e = _of_the_disk(e, place)
-                with contextlib.suppress(OSError):  # where the disk is full, the error itself is what counts
+                with contextlib.suppress(OSError):
                     place.event("failed", **describe(e))
                 raise e
             raise
