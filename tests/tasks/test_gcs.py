@@ -142,7 +142,8 @@ def test_a_call_ends_when_it_is_cut_off_and_when_nothing_moves(gcs, monkeypatch)
 def test_a_manifest_that_names_a_file_outside_is_refused(gcs, tmp_path):
     folder = checkpoint(tmp_path / "a", {"data": b"x"})
     GcsStore(URL, run_id="r1").publish(10, folder, others())
-    gcs.buckets["bucket"][f"{FOLDER}/MANIFEST.json"] = manifest._encode(10, {"../../out": {"size": 1, "crc32c": "0" * 8}})
+    files = {"../../out": {"size": 1, "crc32c": "0" * 8, "crc32": "0" * 8}}
+    gcs.buckets["bucket"][f"{FOLDER}/MANIFEST.json"] = manifest._encode(10, files)
     with pytest.raises(StorageError, match="out"):
         GcsStore(URL, run_id="r1").fetch(10, tmp_path / "b")
 
