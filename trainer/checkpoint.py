@@ -115,8 +115,13 @@ class Checkpoints:
         _compare(step, {**flatten(state.params, "params"), **like}, {**flatten(found.params, "params"), **found.train})
         params, flat = owned((found.params, found.train))
         self._check_digests(step, found.meta.get("device_digest", {}), {**flatten(params, "params"), **flat, **extra})
-        new = TrainState(flat["step"], params, unflatten(state.opt_state, flat, "opt_state"), unflatten(state.mutable, flat, "mutable"))
-        return Restored(new, unflatten(window, flat, "window"), found.meta, nested((saved[path], x) for path, x in extra.items()))
+        opt_state, mutable, losses = (unflatten(getattr(state, k), flat, k) for k in ("opt_state", "mutable", "losses"))
+        return Restored(
+            TrainState(flat["step"], params, opt_state, mutable, losses),
+            unflatten(window, flat, "window"),
+            found.meta,
+            nested((saved[path], x) for path, x in extra.items()),
+        )
 
     def remove(self, steps: list[int]) -> None:
         """Delete checkpoints that nothing keeps."""
@@ -202,6 +207,7 @@ def _train_arrays(state: TrainState, window: Any) -> dict[str, Any]:
         "step": state.step,
         **flatten(state.opt_state, "opt_state"),
         **flatten(state.mutable, "mutable"),
+        **flatten(state.losses, "losses"),
         **flatten(window, "window"),
     }
 
@@ -274,7 +280,13 @@ def read_state(run_dir: Path | str, step: int, like: TrainState) -> TrainState:
     found = {path: flat[path] for path in wanted if path in flat}
     _compare(step, wanted, found)
     placed = owned({path: jax.device_put(x, wanted[path].sharding) for path, x in found.items()})
-    return TrainState(placed["step"], params, unflatten(like.opt_state, placed, "opt_state"), mutable)
+    losses = like.losses
+    if losses is not None:
+        saved = flat.get("losses", np.empty(0))  # a run that did not look for spikes, or further back, begins to do so
+        losses = owned(
+            jax.device_put(saved if saved.shape == losses.shape else np.full(losses.shape, np.inf, losses.dtype), losses.sharding)
+        )
+    return TrainState(placed["step"], params, unflatten(like.opt_state, placed, "opt_state"), mutable, losses)
 
 
 def _load(folder: Path) -> Any:

@@ -8,7 +8,18 @@ import importlib
 import json
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, TypeAdapter, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ConfigError
 
@@ -123,6 +134,24 @@ class CallbackConfig(PartConfig):
     """Base of the configs of callbacks."""
 
 
+class SpikeConfig(Config):
+    """Which loss is a spike, and how far a rollback goes; see trainer.spikes and trainer.ledger."""
+
+    num_losses: int = Field(64, ge=2)  # so many steps' losses say what is usual
+    least_losses: int = Field(32, ge=2)  # before so many are known only a loss that is not finite is a spike
+    deviations: float = Field(10.0, gt=0)  # above the median, in standard deviations, is a spike
+    steps_before: int = Field(0, ge=0)  # rollback: the batches of so many steps before the spike are left out with its own
+    max_rollbacks: int = Field(10, ge=0)  # rollback: of a run; what comes then is an error
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.least_losses > self.num_losses:
+            raise ValueError(
+                f"least_losses {self.least_losses} is above num_losses {self.num_losses}; set num_losses={self.least_losses} or lower it"
+            )
+        return self
+
+
 class TrainerConfig(Config):
     """How to train, whatever is trained. The fields of the reference API, with its defaults, then ours."""
 
@@ -148,6 +177,10 @@ class TrainerConfig(Config):
 
     steps_per_dispatch: int = Field(1, ge=1)  # steps in one program call; all borders must be its multiples. Helps where steps are short
     on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the update out, count it, go on
+    # Of a loss that is not finite or far above those before it. rollback, in a run of the pipeline: go back to a commit from before it,
+    # and train without its batch. None: only on_nonfinite holds
+    on_spike: Literal["stop", "skip", "rollback"] | None = None
+    spike: SpikeConfig = SpikeConfig()
     kind: str = "default"  # or the import path of a TrainerModule subclass
 
     @field_validator("callbacks")
@@ -156,3 +189,18 @@ class TrainerConfig(Config):
         if sum(callback.kind == "ema" for callback in value) > 1:
             raise ValueError("callbacks has ema more than once, and a validation has one row val_ema; keep one of them")
         return value
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Self:
+        if self.on_spike in ("stop", "rollback") and self.on_nonfinite == "skip":
+            raise ValueError(
+                f"on_nonfinite=skip and on_spike={self.on_spike} differ, and what is not finite is a spike; leave on_nonfinite out"
+            )
+        if self.on_spike and not self.check_for_nan:
+            raise ValueError(f"on_spike={self.on_spike} looks at every loss, but check_for_nan is off; leave it on, or on_spike out")
+        return self
+
+    @property
+    def skips(self) -> bool:
+        """Whether the update of a step that is refused is left out, and training goes on."""
+        return "skip" in (self.on_spike, self.on_nonfinite)

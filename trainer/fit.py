@@ -75,6 +75,8 @@ def make_plan(trainer: "TrainerModule", loader: Any, *, num_epochs: int | None, 
         raise ConfigError("the loader does not know its length, so num_epochs needs steps_per_epoch; or give num_train_steps")
     total = num_steps if num_steps is not None else (num_epochs or 0) * (per_epoch or 0)
     c = trainer.trainer_config
+    if c.on_spike == "rollback":
+        raise ConfigError("trainer.on_spike=rollback needs the commits of a run of the pipeline; train_model can stop or skip")
     log_every = c.logger.log_every_n_steps if c.logger else max(total, 1)
     borders = {
         "the step to go on from": trainer.global_step,

@@ -46,12 +46,13 @@ def train(
     closes: Callable[[int], bool],
     pause: Callable[[int], bool] = lambda step: False,
     per_dispatch: int = 1,
+    why: Callable[[int, TrainState], str] = lambda step, state: f"loss or gradients of step {step} are not finite",
 ) -> Iterator[Record]:
     """Steps `start + 1` to `until`, a record for each dispatch of `per_dispatch` of them, all borders being its multiples.
 
     A window closes at the steps that `closes` names; `empty()` is the next, laid out like the first. What is in flight is
-    settled at `until` and wherever `pause(step)` says so. Raises DivergedError with the step whose loss or gradients were not
-    finite, and the state before it; DataError where the batches run dry.
+    settled at `until` and wherever `pause(step)` says so. Raises DivergedError with the step that was refused, for loss or gradients
+    were not finite or a spike, what `why` says of it, and the state before it; DataError where the batches run dry.
     """
     assert start % per_dispatch == until % per_dispatch == 0, f"steps {start} to {until} do not lie on multiples of {per_dispatch}"
     alive: Any = jax.device_put(np.array(True), window.values.sharding)
@@ -63,8 +64,7 @@ def train(
             step, ok, full = flying.popleft()
             if not np.asarray(ok):  # waits for that dispatch; bool(ok) would take eight times as long
                 bad = int(state.step) + 1  # from the bad step on nothing was changed, whatever was in flight
-                message = f"loss or gradients of step {bad} are not finite; lower the learning rate or look at the data"
-                raise DivergedError(message, step=bad, state=state)
+                raise DivergedError(why(bad, state), step=bad, state=state)
             if full is not None:
                 closed.append((step, full.on_host()))
         return tuple(closed)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import jax
 
-from . import contract, evaluate, fit, fsdp, loop, metrics, params, per_sample, restore
+from . import contract, evaluate, fit, fsdp, loop, metrics, params, per_sample, restore, spikes
 from .audience import Audience
 from .callbacks.base import Callback
 from .config import LoggerConfig, TrainerConfig
@@ -149,7 +149,8 @@ class TrainerModule(Hooks):
 
     @functools.cached_property
     def _init(self) -> Callable[[], TrainState]:
-        return make_init(self.run_model_init, self.optimizer, self.inputs(self.exmp_batch), seed=self.trainer_config.seed)
+        c, inputs = self.trainer_config, self.inputs(self.exmp_batch)
+        return make_init(self.run_model_init, self.optimizer, inputs, seed=c.seed, losses=lambda: spikes.no_losses(c))
 
     @functools.cached_property
     def shapes(self) -> TrainState:
@@ -293,6 +294,7 @@ class TrainerModule(Hooks):
             empty=self.init_train_metrics,
             closes=closes,
             pause=pause,
+            why=lambda bad, state: spikes.in_words(bad, state.losses, self.trainer_config),
         ):
             self.state, self.global_step, self.first_step = record.state, record.step, False
             yield record
@@ -303,8 +305,7 @@ class TrainerModule(Hooks):
 
     def eval_model(self, data_loader: Any, mode: str, epoch_idx: int) -> dict[str, Any]:
         """Host values over a loader, or over each of a dictionary of them, logged as split `mode` if a training is under way."""
-        values = fit.over_loaders(data_loader, lambda loader: self._evaluate(loader, mode, epoch_idx))
-        self.desk.write(mode, self.global_step, values)
+        self.desk.write(mode, self.global_step, values := fit.over_loaders(data_loader, lambda x: self._evaluate(x, mode, epoch_idx)))
         return values
 
     def _evaluate(self, loader: Any, mode: str, epoch_idx: int) -> dict[str, Any]:
@@ -359,8 +360,8 @@ class TrainerModule(Hooks):
         self, num_epochs: Any, num_train_steps: Any, steps_per_epoch: Any, train_loader: Any, val_loader: Any, test_loader: Any
     ) -> dict[str, Any]:
         """Facts of the training to come, told once to loggers and callbacks; returns them."""
-        info = fit.training_info(self, train=train_loader, val=val_loader, test=test_loader)
-        info |= {"num_epochs": num_epochs, "num_train_steps": num_train_steps, "steps_per_epoch": steps_per_epoch}
+        counts = {"num_epochs": num_epochs, "num_train_steps": num_train_steps, "steps_per_epoch": steps_per_epoch}
+        info = fit.training_info(self, train=train_loader, val=val_loader, test=test_loader) | counts
         self.audience.start(info)
         return info
 
@@ -414,7 +415,6 @@ class TrainerModule(Hooks):
     def load_from_checkpoint(
         cls, checkpoint: Any, exmp_input: Any = None, batch_size: int = -1, *, trust_code: bool = False
     ) -> "TrainerModule":
-        """A trainer with the configs and newest weights of a log or run directory, local or at an fsspec address; of a run's own
-        class if called on TrainerModule. An address that names code which is not ours needs `trust_code`.
-        """
+        """A trainer with the configs and newest weights of a log or run directory, or an fsspec address; called on TrainerModule, of
+        the run's own class. An address that names code which is not ours needs `trust_code`."""
         return restore.load_from_checkpoint(cls, checkpoint, batch=exmp_input, batch_size=batch_size, trust_code=trust_code)

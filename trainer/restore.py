@@ -20,6 +20,7 @@ from .feed import has_state
 from .files import write_atomic
 from .mesh import MeshConfig, replicated
 from .retention import best_step
+from .spikes import no_losses
 from .state import TrainState
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ def _begun_at(trainer: "TrainerModule", params: Any, mutable: Any) -> TrainState
     """The state of step 0 with these weights. Statistics are begun with them too: some optimizers hold parameters of their own."""
     shardings = jax.tree.map(lambda x: x.sharding, trainer.shapes)
     begin = jax.jit(
-        lambda params, mutable: TrainState(jnp.zeros((), jnp.int32), params, trainer.optimizer.tx.init(params), mutable),
+        lambda params, mutable: TrainState(
+            jnp.zeros((), jnp.int32), params, trainer.optimizer.tx.init(params), mutable, no_losses(trainer.trainer_config)
+        ),
         out_shardings=shardings,
     )
     return begin(params, mutable)

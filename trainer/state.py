@@ -3,6 +3,7 @@
 There is no random key in it: keys are functions of (seed, step), so there is no random state to lose.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ class TrainState:
     params: Any
     opt_state: Any
     mutable: dict[str, Any]
+    losses: Any = None  # of the last steps, where spikes are looked for; see trainer.spikes
 
     def replace(self, **changes: Any) -> "TrainState":
         """A copy with `changes`."""
@@ -40,10 +42,10 @@ def model_rngs(key: jax.Array) -> dict[str, jax.Array]:
     return {"params": params, "dropout": dropout}
 
 
-def make_init(model_init: Any, optimizer: Optimizer, inputs: Any, *, seed: int) -> Any:
+def make_init(model_init: Any, optimizer: Optimizer, inputs: Any, *, seed: int, losses: Callable[[], Any] = lambda: None) -> Any:
     """A function of nothing that makes the state of step 0; to be jitted with the state's shardings.
 
-    `model_init(inputs, key)` gives the model's variables; `inputs` may be shapes.
+    `model_init(inputs, key)` gives the model's variables; `inputs` may be shapes; `losses()` is the history of no step.
     """
 
     def init() -> TrainState:
@@ -51,7 +53,7 @@ def make_init(model_init: Any, optimizer: Optimizer, inputs: Any, *, seed: int) 
         variables = dict(model_init(blank, jax.random.key(seed)))
         params = variables.pop("params")
         variables.pop("intermediates", None)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), variables)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), variables, losses())
 
     return init
 
@@ -62,4 +64,5 @@ def state_shardings(mesh: Any, shapes: TrainState, model: Model, inputs: Any, *,
     whole = replicated(mesh)
     params = param_shardings(mesh, shapes.params, axes["params"], fsdp_min_size=fsdp_min_size)
     opt_state = spread(optimizer.tx, shapes.opt_state, params, params=shapes.params, other=whole)
-    return shapes.replace(step=whole, params=params, opt_state=opt_state, mutable=jax.tree.map(lambda _: whole, shapes.mutable))
+    mutable, losses = jax.tree.map(lambda _: whole, (shapes.mutable, shapes.losses))
+    return shapes.replace(step=whole, params=params, opt_state=opt_state, mutable=mutable, losses=losses)

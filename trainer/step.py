@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from . import metrics as m
+from . import spikes
 from .config import TrainerConfig
 from .contract import read_loss
 from .intermediates import as_metrics
@@ -55,8 +56,9 @@ def make_train_step(
 
     With `gradient_accumulate_steps` = k the gradient is that of the whole batch: sums over microbatches, divided once by the
     total weight. `alive` is a bool scalar: a step that is not finite makes it false, and then neither it nor any later step
-    changes the state, so what is in flight when the host looks does no harm. With `on_nonfinite` = skip such a step counts and
-    uses up its batch, but its update is left out, and `skipped_sum` says how often. The loss gets `cast(params)`, made once;
+    changes the state, so what is in flight when the host looks does no harm. With `on_spike` a spike is treated likewise, and the
+    state has the losses that say what is one. Where such a step is skipped it counts and uses up its batch, but its update is
+    left out, and `skipped_sum` says how often. The loss gets `cast(params)`, made once;
     `exchange` may compute the gradients of a (micro)batch in another way, see fsdp.
     """
     num = config.gradient_accumulate_steps
@@ -109,21 +111,26 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, mutable)
-        finite = jnp.isfinite(total / weight) & jnp.isfinite(norm) if config.check_for_nan else jnp.array(True)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, mutable, state.losses)
+        good = jnp.isfinite(total / weight) & jnp.isfinite(norm) if config.check_for_nan else jnp.array(True)
+        if state.losses is not None:
+            good &= spikes.is_usual(state.losses, total / weight, config.spike)
+            # Also that of a step that is refused, for whoever is to say why; but none of a step behind it.
+            losses = jnp.where(jnp.asarray(alive), spikes.remember(state.losses, total / weight), state.losses)
+            new, state = new.replace(losses=losses), state.replace(losses=losses)
         found |= m.parse(_norms(config, norm, grads, new), config.default_train_log_modes)
         found |= m.parse({"lr": optimizer.schedule(state.step)}, ("single",))  # the rate of this very update
-        if config.on_nonfinite == "skip":
-            found |= m.parse({"skipped": {"value": ~finite, "log_modes": ("sum",)}}, ())
-            keep, counted = finite, state.replace(step=state.step + 1, opt_state=_rate_moves_on(state.opt_state, opt_state))
+        if config.skips:
+            found |= m.parse({"skipped": {"value": ~good, "log_modes": ("sum",)}}, ())
+            keep, counted = good, state.replace(step=state.step + 1, opt_state=_rate_moves_on(state.opt_state, opt_state))
         else:
-            alive = jnp.asarray(alive) & finite
+            alive = jnp.asarray(alive) & good
             keep, counted = alive, state
         merged = m.merge(window, m.window_of(found))
-        if config.on_nonfinite == "skip" and window is not None:  # what was found in a bad batch would spoil the whole window
-            good, old = merged.tree(), window.tree()
+        if config.skips and window is not None:  # what was found in a bad batch would spoil the whole window
+            both, old = merged.tree(), window.tree()
             kept = {
-                k: good[k] if k in ("skipped", "lr") else jax.tree.map(functools.partial(jnp.where, finite), good[k], old[k]) for k in good
+                k: both[k] if k in ("skipped", "lr") else jax.tree.map(functools.partial(jnp.where, good), both[k], old[k]) for k in both
             }
             merged = m.Window.of(kept)
         new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, counted)

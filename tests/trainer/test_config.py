@@ -21,7 +21,7 @@ from trainer.callbacks import (
     SummaryConfig,
     ThroughputConfig,
 )
-from trainer.config import LoggerConfig, TrainerConfig
+from trainer.config import LoggerConfig, SpikeConfig, TrainerConfig
 from trainer.errors import ConfigError, DivergedError, describe, revive
 from trainer.loggers import ConsoleLoggerConfig, CsvLoggerConfig, JsonlLoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
 from trainer.mesh import MeshConfig
@@ -58,8 +58,9 @@ def configs_of(cls, **given):
     return st.fixed_dictionaries(fields).map(cls.model_validate)
 
 
+EVERY = st.none() | st.integers(1, 1000) | st.sampled_from(["auto", "90s", "2h"])
 CALLBACKS = [
-    configs_of(CheckpointCallbackConfig, keep=configs_of(CheckpointConfig, root=st.none()), after_validation=st.just(True)),
+    configs_of(CheckpointCallbackConfig, keep=configs_of(CheckpointConfig, root=st.none(), every=EVERY), after_validation=st.just(True)),
     configs_of(EarlyStoppingConfig, min_delta=st.floats(0, 1e300)),
     *map(
         configs_of,
@@ -71,6 +72,9 @@ TRAINERS = configs_of(
     TrainerConfig,
     logger=st.none() | configs_of(LoggerConfig, parts=st.lists(st.one_of(LOGGERS), max_size=3).map(tuple)),
     callbacks=st.lists(st.one_of(CALLBACKS), max_size=4, unique_by=lambda callback: callback.kind).map(tuple),
+    spike=configs_of(SpikeConfig, least_losses=st.integers(2, 32), num_losses=st.integers(32, 1000)),
+    check_for_nan=st.just(True),  # with on_spike not every other value goes
+    on_nonfinite=st.just("stop"),
 )
 
 
