@@ -184,7 +184,10 @@ def show(
 ) -> None:
     """The documents of the batch that a run trains at a step, row by row. JSON has them whole."""
     from configs.load import read_config
+    from configs.run import config_digest
     from tasks.evidence import batch_in_words
+    from trainer import ledger
+    from trainer.rundir import RunDir
 
     path = run_path(run)
     config = read_config(path)
@@ -194,7 +197,7 @@ def show(
     rows = range(config.data.batch_size)
     if row is not None and row not in rows:
         raise ConfigError(f"row {row} is none of the batch's: they are 0 to {rows[-1]} (data.batch_size {config.data.batch_size})")
-    place, batch = batch_in_words(config, folder, step)
+    place, batch = batch_in_words(config, folder, step, ledger.read(RunDir(path), config_digest(config)))
     found = batch if row is None else [batch[row]]
     if not as_json:
         print(f"step {step} of {config.num_steps}, place {place} in the data: {len(rows)} rows of {manifest.seq_len} tokens")

@@ -52,10 +52,9 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
         uploads.begin(data, ref)
         if ref.step == 0:
             validate(config, ref)  # where learning began
-        for end in chunk_ends(config):
+        end = next_end(config, ref.step)  # what ends before was done in an earlier life
+        while end is not None:
             writer.stops.check()
-            if end < ref.step:
-                continue  # done in an earlier life
             if end > ref.step:
                 ref = value_of(train_chunk(config, ref, end))
             if ref.step == end and validates(config, end):
@@ -66,6 +65,7 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
             if ref.stop:
                 log.info("training ended at step %d: %s", ref.step, ref.stop)
                 break
+            end = next_end(config, ref.step + 1)  # an earlier one again where a spike was rolled back
         writer.stops.check()
         best = best_commit(config, writer.run_dir, ref)
         if has_test(config):
@@ -80,6 +80,11 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
         writer.finish(result)
         writer.artifacts.close()
         return result
+
+
+def next_end(config: RunConfig, step: int) -> int | None:
+    """The first end of a chunk that is not before `step`."""
+    return next((end for end in chunk_ends(config) if end >= step), None)
 
 
 def in_words(machine: dict[str, Any]) -> str:

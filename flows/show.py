@@ -88,6 +88,7 @@ def facts(path: Path) -> dict[str, Any]:
         "early_stop": ended["reason"] if ended else None,
         "goodput": goodput(spent) if spent else None,
         "time": spent,
+        "rollbacks": sum(e["event"] == "rolled_back" for e in events),
         "lives": sum(e["event"] == "started" for e in events),
         "loss": last.get("loss_mean"),
         "throughput_tokens_per_s": last.get("throughput_tokens_per_s"),
@@ -144,6 +145,7 @@ def show_facts(found: dict[str, Any]) -> None:
         "goodput": None
         if found["goodput"] is None
         else f"{100 * found['goodput']:.1f} % of the time went to committed steps{_mostly(found)}",
+        "rolled back": f"{found['rollbacks']} times, for spikes of the loss" if found["rollbacks"] else None,
         "lives": found["lives"],
         "why it stopped": found["why_stopped"],
     }

@@ -1,5 +1,6 @@
 """The tasks that copy commits to the store and remove copies from it, and the removal here of what nothing keeps any more."""
 
+import functools
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from configs.run import RunConfig, chunk_ends
 from trainer import manifest, rows
 from trainer.errors import DamagedError, StorageError
+from trainer.ledger import abandoned_copies
 from trainer.retention import steps_to_delete
 from trainer.rundir import RunDir
 
@@ -39,6 +41,12 @@ def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run
     store = store_of(config, place, cut_off=lambda: copies.closed)
     assert store is not None, "a run that publishes nothing has no task for it"
     known = copies.insist(lambda: copies.ask(store))
+    for step in known.keys() - standing(place, known).keys():  # before anything else: nobody is to go on from them
+        copies.insist(functools.partial(store.delete, step))
+        copies.remove(step)
+    known = copies.known
+    if not standing(place, {ref.step: ref.manifest_crc32c}):
+        raise DamagedError(f"step {ref.step} was rolled back before it was published")
     if known.get(ref.step) == ref.manifest_crc32c:
         return already_done(PublishedRef(step=ref.step, url=store.address), f"step {ref.step} is published")
     folder = place.checkpoints / manifest.name_of(ref.step)
@@ -46,7 +54,9 @@ def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run
     try:
         url = copies.insist(lambda: store.publish(ref.step, folder, others))
     except DamagedError:
-        if ref.step < manifest.steps_in(place.checkpoints)[-1]:  # the run does not need it; kept here, no end of the run would be well
+        stands = standing(place, {ref.step: ref.manifest_crc32c})
+        # The run does not need it; kept here, no end of the run would be well.
+        if stands and ref.step < manifest.steps_in(place.checkpoints)[-1]:
             set_aside(place, ref.step, manifest.problems(folder, ref.step))
         raise
     copies.add(ref.step, ref.manifest_crc32c)
@@ -105,6 +115,7 @@ def bring_back(config: RunConfig, run_dir: RunDir) -> list[int]:
             raise
         log.warning("%s; the run goes on from step %d, which is whole here", e, whole.step)
         return []
+    published = standing(run_dir, published)
     if forgotten:
         lost |= set(list(published)[-1:])
     back = []
@@ -149,6 +160,7 @@ def tidy(config: RunConfig, run_dir: RunDir, published: Mapping[int, str]) -> li
     `published` are the copies that are known of; what is not known to have one is kept. What is set aside is kept to its quota.
     """
     here = set(manifest.steps_in(run_dir.checkpoints))
+    published = standing(run_dir, published)
     gone = nothing_keeps(config, run_dir, published)
     trash = run_dir.checkpoints / TRASH
     shutil.rmtree(trash, ignore_errors=True)
@@ -170,7 +182,14 @@ def nothing_keeps(config: RunConfig, run_dir: RunDir, published: Mapping[int, st
     waiting = {step for step in here & set(chunk_ends(config)) if not is_published(run_dir, step, published)} if publishes else set()
     # A copy whose original was set aside as damaged counts like one that is here: it is what can repair it.
     steps = sorted(here | published.keys())
-    return steps_to_delete(steps, best=best_of(config, run_dir), unpublished=waiting, config=config.checkpoint)
+    reach = config.trainer.spike.steps_before if config.trainer.on_spike == "rollback" else 0
+    return steps_to_delete(steps, best=best_of(config, run_dir), unpublished=waiting, config=config.checkpoint, reach=reach)
+
+
+def standing(run_dir: RunDir, copies: Mapping[int, str]) -> dict[int, str]:
+    """Those of some copies, given by the crc32c of their manifests, that are of no commit that was rolled back."""
+    rolled_back = abandoned_copies(run_dir)
+    return {step: crc for step, crc in copies.items() if crc not in rolled_back.get(step, ())}
 
 
 def is_published(run_dir: RunDir, step: int, published: Mapping[int, str]) -> bool:

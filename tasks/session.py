@@ -31,7 +31,7 @@ from trainer.progress import Place
 from trainer.rundir import RunDir
 
 from .child import Child
-from .evidence import keep_batch
+from .evidence import evidence
 from .goodput import Timekeeper
 from .lives import verdict
 from .stop import StopRequests
@@ -305,11 +305,7 @@ class ProcessSession(Session):
         log_path = os.path.relpath(self.run_dir.logs / "trainer.log", self.run_dir.path)
         if place.phase not in ("step", "compile") or self.data is None:
             return f"see {log_path}, mend the cause, then `everstep resume` tries again"
-        at, path = keep_batch(self.config, self.run_dir, self.data, place.step + 1)
-        return (
-            f"see {log_path}, and the documents of that batch in {os.path.relpath(path, self.run_dir.path)}; "
-            f"data.leave_out=[[{at},{at + 1}]] trains without them"
-        )
+        return f"see {log_path}, and {evidence(self.config, self.run_dir, self.data, place.step + 1)}"
 
     def _started(self) -> dict[str, Any]:
         child = self._take()

@@ -1,17 +1,22 @@
 """The tasks that make and train weights."""
 
+import logging
 from pathlib import Path
 
 from prefect import task
 
 from configs.run import RunConfig
 from trainer import manifest
+from trainer.errors import DivergedError, RolledBackError
 from trainer.manifest import Commit
 
+from .evidence import evidence
 from .publish import bring_back
 from .refs import CheckpointRef, DataRef, already_done
 from .retry import WITH_TRAINER
 from .writer import current
+
+log = logging.getLogger(__name__)
 
 
 def _ref(commit: Commit) -> CheckpointRef:
@@ -37,9 +42,18 @@ def init_model(config: RunConfig, data: DataRef) -> CheckpointRef:
 def train_chunk(config: RunConfig, ref: CheckpointRef, end: int) -> CheckpointRef:
     """Train from `ref` to step `end` and commit; less far where a callback ends training, which the ref then says.
 
-    Killed at any moment and called again, it goes on from the newest commit.
+    Killed at any moment and called again, it goes on from the newest commit. Where a spike was rolled back the ref is that of the
+    earlier commit from which the run goes on. Raises DivergedError, with the documents of the batch, where it is to stop for one.
     """
-    reached = _ref(current().session.train_until(end))
+    writer = current()
+    try:
+        reached = _ref(writer.session.train_until(end))
+    except RolledBackError as e:
+        log.warning("%s", e)
+        return _ref(writer.session.open())
+    except DivergedError as e:
+        assert writer.session.data is not None
+        raise DivergedError(f"{e}; {evidence(config, writer.run_dir, writer.session.data, e.step)}", step=e.step) from e
     return already_done(reached, f"training ended at step {ref.step}: {reached.stop}") if reached.step == ref.step else reached
 
 

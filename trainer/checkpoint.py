@@ -132,6 +132,13 @@ class Checkpoints:
         if steps:
             self._manager.reload()
 
+    def abandon(self, steps: list[int]) -> None:
+        """Move checkpoints that were rolled back to `abandoned/`, where nothing reads them; the newest first."""
+        for step in sorted(steps, reverse=True):
+            self._move(step, self.root.parent / "abandoned")
+        if steps:
+            self._manager.reload()
+
     def newest_whole(self) -> int | None:
         """The newest step whose files are all as its manifest says; damaged ones on the way are set aside with a warning."""
         for step in reversed(self.steps()):
@@ -183,13 +190,17 @@ class Checkpoints:
                 self._set_aside(step, wrong)
 
     def _set_aside(self, step: int, wrong: list[str]) -> None:
-        self.damaged.mkdir(exist_ok=True)
+        target = self._move(step, self.damaged)
+        log.warning("checkpoint %d was set aside in damaged/%s: %s", step, target.name, "; ".join(wrong[:3]))
+
+    def _move(self, step: int, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
         n = 1
-        while (target := self.damaged / f"{step}-{n}").exists():
+        while (target := folder / f"{step}-{n}").exists():
             n += 1
         os.rename(self.root / name_of(step), target)
         fsync(self.root)
-        log.warning("checkpoint %d was set aside in damaged/%s: %s", step, target.name, "; ".join(wrong[:3]))
+        return target
 
 
 def owned(tree: Any) -> Any:

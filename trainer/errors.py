@@ -90,6 +90,16 @@ class DivergedError(EverstepError):
         self.step, self.state = step, state
 
 
+class RolledBackError(EverstepError):
+    """The run went back to the commit of `step`, and goes on from there without some batches; this life is over."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 class StoppedError(EverstepError):
     """A stop was asked for and obeyed: the run is committed at `step` and can be resumed."""
 
@@ -130,7 +140,7 @@ def _of_the_system(error: BaseException, place: object) -> BaseException:
 
 def final_status(error: BaseException) -> str:
     """What callbacks and loggers are told at the end of a life that ended so."""
-    return "nan" if isinstance(error, DivergedError) else "stopped" if isinstance(error, StoppedError) else "error"
+    return "nan" if isinstance(error, DivergedError) else "stopped" if isinstance(error, StoppedError | RolledBackError) else "error"
 
 
 def describe(error: BaseException) -> dict:
@@ -150,7 +160,7 @@ def revive(record: dict) -> EverstepError:
         error = EverstepError(f"{record['type']}: {record['message']}")
         error.retryable = record["retryable"]
         return error
-    if cls in (DivergedError, StoppedError):
+    if cls in (DivergedError, RolledBackError, StoppedError):
         return cls(record["message"], step=record["step"])
     if issubclass(cls, TrainerDiedError):
         return cls(record["message"], cause=record["cause"])

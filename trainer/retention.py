@@ -53,14 +53,18 @@ def best_step(val_rows: Iterable[tuple[int, Mapping[str, float]]], config: Check
     return min(found)[1] if found else None
 
 
-def steps_to_delete(steps: Sequence[int], *, best: int | None, unpublished: Collection[int], config: CheckpointConfig) -> list[int]:
+def steps_to_delete(
+    steps: Sequence[int], *, best: int | None, unpublished: Collection[int], config: CheckpointConfig, reach: int = 0
+) -> list[int]:
     """Those of the committed `steps` that nothing keeps, oldest first.
 
-    Kept are the newest `config.keep_latest`, multiples of `config.keep_every`, `best` and all `unpublished`. Deleting
-    what is returned and asking again returns nothing.
+    Kept are the newest `config.keep_latest`, multiples of `config.keep_every`, `best`, all `unpublished`, and the
+    newest that is `reach` steps behind the newest, for a rollback to go to. Deleting what is returned and asking again returns
+    nothing.
     """
     ordered = sorted(set(steps))
     kept = {*ordered[-config.keep_latest :], *unpublished, best}
+    kept.update([s for s in ordered if s <= ordered[-1] - reach][-1:])
     if config.keep_every is not None:
         kept.update(s for s in ordered if s % config.keep_every == 0)
     return [s for s in ordered if s not in kept]

@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 
-from . import loop, manifest, metrics
+from . import ledger, loop, manifest, metrics
 from .assemble import TrainingConfig
 from .checkpoint import Checkpoints
 from .commits import Commits
 from .data import DataManifest, eval_batches, load_manifest, load_tokenizer, train_loader
-from .errors import CheckpointError, ConfigError, DamagedError, DataError, StoppedError
+from .errors import CheckpointError, ConfigError, DamagedError, DataError, DivergedError, EverstepError, StoppedError
 from .fingerprint import differences, fingerprint
 from .generate import generate
 from .manifest import Commit, name_of
@@ -62,11 +62,11 @@ class Run:
         self.progress = progress or Progress()
         self.manifest: DataManifest = load_manifest(data)
         self._check_data()
-        self.loader = train_loader(
-            data, self.manifest, batch_size=config.data.batch_size, seed=config.trainer.seed, leave_out=config.data.leave_out
-        )
         self.rows = Rows(run_dir.metrics)
         self.store = Checkpoints(run_dir.path, device_digest=config.checkpoint.device_digest)
+        self.ledger = ledger.read(run_dir, config.config_digest)
+        left, size = ledger.joined(config.data.leave_out, self.ledger), config.data.batch_size
+        self.loader = train_loader(data, self.manifest, batch_size=size, seed=config.trainer.seed, leave_out=left)
         self.fingerprint = fingerprint(trainer.mesh) | trainer.mesh_config.dtypes()
         self.log_every = config.trainer.logger.log_every_n_steps if config.trainer.logger else None  # None: one row, at the end
         self.window: Any = None
@@ -90,6 +90,7 @@ class Run:
         return self._ended(commit) if self.onlookers.stop_reason else commit
 
     def _open(self) -> Commit:
+        self.store.abandon(ledger.abandoned_steps(self.store.root, self.ledger))
         while (newest := self.store.newest_whole()) is not None:
             try:
                 self._restore(newest)
@@ -136,8 +137,7 @@ class Run:
             self.commits.look()
             if not record.settled or not (self.onlookers.take_save() or self.onlookers.stop_reason or wants_commit(record.step)):
                 continue
-            last = stopping or record.step == step or self.onlookers.stop_reason is not None
-            if not last:
+            if not (stopping or record.step == step or self.onlookers.stop_reason):
                 self._begin_commit(within)
                 continue
             commit = self._commit()
@@ -147,12 +147,14 @@ class Run:
                 raise StoppedError(f"stopped at step {record.step}, which is committed; go on with `everstep resume`", step=record.step)
         return commit
 
-    def _watched(self, records: Iterable[loop.Record]) -> Iterator[loop.Record]:
+    def _watched(self, records: Iterator[loop.Record]) -> Iterator[loop.Record]:
         """The same records; the progress says what is waited for, and what happens between them is noted by who does it."""
-        records = iter(records)
         while True:
             with self.progress.within("compile" if self.trainer.first_step else "step"):
-                record = next(records, None)
+                try:
+                    record = next(records, None)
+                except DivergedError as e:
+                    raise self._rolled_back(e) from e
                 if record is None:
                     return
                 self.progress.completed(record.step)
@@ -164,6 +166,13 @@ class Run:
             with self.progress.within("data"):
                 batch = next(self.loader)
             yield batch
+
+    def _rolled_back(self, error: DivergedError) -> EverstepError:
+        """What a step that was refused comes to: the error itself, or that this life is over, for the run went back."""
+        if self.config.trainer.on_spike != "rollback":
+            return error
+        self.commits.settle()
+        return ledger.roll_back(self.store, self.run_dir, error, config=self.config, ledger=self.ledger)
 
     def evaluate(self, step: int, split: str, *, row: int | None = None) -> dict[str, Any]:
         """Values of `split` with the weights of committed step `step`, written as the row of step `row` (None: `step`), once.
@@ -304,6 +313,7 @@ class Run:
             "fingerprint": self.fingerprint,
             "stop": self.onlookers.stop_reason,
             "cut_short": self._cut_short(self.step),
+            ledger.EVENT: self.ledger,
         }
 
     def _closes(self, step: int) -> bool:

@@ -29,6 +29,14 @@ def test_newest_best_unpublished_and_every_nth_are_never_deleted_and_all_others_
     assert not steps or max(steps) not in deleted
 
 
+@given(steps=STEPS, config=CONFIGS, reach=st.integers(0, 30))
+def test_what_a_rollback_may_have_to_go_to_is_kept(steps, config, reach):
+    deleted = steps_to_delete(steps, best=None, unpublished=(), config=config, reach=reach)
+    behind = [s for s in steps if s <= max(steps) - reach]
+    assert not behind or max(behind) not in deleted
+    assert set(deleted) <= set(steps_to_delete(steps, best=None, unpublished=(), config=config))
+
+
 @given(steps=STEPS, config=CONFIGS, best=st.none() | st.integers(0, 60), unpublished=st.sets(st.integers(0, 60)))
 def test_deleting_twice_deletes_nothing_more(steps, config, best, unpublished):
     left = set(steps) - set(steps_to_delete(steps, best=best, unpublished=unpublished, config=config))
