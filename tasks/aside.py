@@ -13,7 +13,7 @@ from trainer.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
-FOLDERS = ("damaged", "rolled_back")
+FOLDERS = ("damaged", "abandoned")
 FILES = "damaged-*.jsonl"
 
 

@@ -114,4 +114,4 @@ def _remove(path: Path) -> None:
         path = path.rename(path.with_name(f".trash-{path.name}"))
     remove(path)
     with contextlib.suppress(OSError):
-        path.parent.rmdir() if path.parent.name in ("damaged", "rolled_back") else None
+        path.parent.rmdir() if path.parent.name in ("damaged", "abandoned") else None

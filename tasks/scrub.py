@@ -131,7 +131,7 @@ def _crc_of(place: RunDir, step: int) -> str | None:
         pass
     crc = None
     for event in place.read_events():
-        at = event.get("step")
+        at = event.get("to", event.get("step"))  # a rollback's step is the one that it was for
         if event["event"] == "published" and at == step:
             crc = event.get("manifest_crc32c")
         elif event["event"] in ("restored", "rolled_back") and isinstance(at, int) and at < step:

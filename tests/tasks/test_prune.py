@@ -17,7 +17,7 @@ def litter(run_dir, store):
     """Leave behind what kills, damages and rollbacks do; the paths."""
     left = [
         run_dir.path / "damaged" / "20-1",
-        run_dir.path / "rolled_back" / "40",
+        run_dir.path / "abandoned" / "40",
         run_dir.checkpoints / ".trash",
         run_dir.checkpoints / ".part-00000050",
         store.checkpoints / ".part-00000030",
