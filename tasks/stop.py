@@ -83,9 +83,11 @@ class StopRequests:
 
 def was_asked(error: BaseException) -> bool:
     """Whether an error is, or came up while handling, a stop request: Prefect's engine may put another one in its place."""
+    chain: list[BaseException] = []
     seen: BaseException | None = error
-    while seen is not None:
+    while seen is not None and seen not in chain:  # a chain can be a ring
         if isinstance(seen, StoppedError) or not isinstance(seen, Exception):
             return True
+        chain.append(seen)
         seen = seen.__cause__ or seen.__context__
     return False

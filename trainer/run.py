@@ -154,7 +154,7 @@ class Run:
                 try:
                     record = next(records, None)
                 except DivergedError as e:
-                    raise self._rolled_back(e) from e
+                    raise self._rolled_back(e) from None  # an error that is its own cause would be gone round for ever
                 if record is None:
                     return
                 self.progress.completed(record.step)
