@@ -34,8 +34,6 @@ class Uploads:
         self._config, self._writer, self._copies = config, writer, writer.copies
         self._data: DataRef | None = None
         self._flying: dict[int, PrefectConcurrentFuture] = {}
-        self._sent: dict[int, CheckpointRef] = {}  # what was submitted last of a step
-        self._refs: dict[int, CheckpointRef] = {}  # what is to be published of it: another one, where it was trained again meanwhile
         self._tidying: list[PrefectConcurrentFuture] = []
         self._failed: dict[int, Exception] = {}
 
@@ -55,19 +53,18 @@ class Uploads:
                 self.submit(commit_of(run_dir, step))
 
     def submit(self, ref: CheckpointRef) -> None:
-        """Begin to publish a commit, unless that is under way; behind one of a step that was rolled back, if that is."""
-        if self._config.publish.kind == "none":
-            return
-        self._refs[ref.step] = ref
-        if ref.step not in self._flying:
+        """Begin to publish a commit, unless that is under way."""
+        if self._config.publish.kind != "none" and ref.step not in self._flying:
             assert self._data is not None, "begin comes first"
             self._failed.pop(ref.step, None)
             future = publish_checkpoint.submit(self._config, ref, self._data, str(self._writer.run_dir.path))
-            self._flying[ref.step], self._sent[ref.step] = cast(Any, future), ref
+            self._flying[ref.step] = cast(Any, future)
 
     def look(self) -> None:
         """Take note of those that are through, and remove what nothing keeps any more, here at once and in the store later."""
-        self._settle_done()
+        for step, future in list(self._flying.items()):
+            if _inner(future).done():  # the future's own `state` would ask the server
+                self._settle(step, future)
         self._tidying = [future for future in self._tidying if not _inner(future).done()]
         known = {} if self._copies.closed else self._copies.known
         if gone := sorted(set(tidy(self._config, self._writer.run_dir, known)) & known.keys()):
@@ -86,10 +83,8 @@ class Uploads:
         with self._writer.stops.interruptible():
             if self._flying and (trouble := self._copies.trouble):
                 log.info("all is trained; waiting up to %g s to publish steps %s: %s", limit, _steps(self._flying), trouble)
-            while self._flying and (left := deadline - time.monotonic()) > 0:
-                wait([_inner(f) for f in self._flying.values()], timeout=left)
-                self._settle_done()
-            late = [*self._flying]
+            wait([_inner(f) for f in self._flying.values()], timeout=deadline - time.monotonic())
+            late = [step for step, future in self._flying.items() if not _inner(future).done()]
             if late:
                 self._copies.close()
                 wait([_inner(f) for f in self._flying.values()], timeout=LAST_WORDS)
@@ -105,11 +100,6 @@ class Uploads:
             "here, and `everstep resume` publishes them"
         )
 
-    def _settle_done(self) -> None:
-        for step, future in list(self._flying.items()):
-            if _inner(future).done():  # the future's own `state` would ask the server
-                self._settle(step, future)
-
     def _settle(self, step: int, future: PrefectConcurrentFuture) -> None:
         del self._flying[step]
         try:
@@ -118,8 +108,6 @@ class Uploads:
             if not isinstance(e, DamagedError) or (self._writer.run_dir.checkpoints / manifest.name_of(step)).exists():
                 self._failed[step] = e
             log.warning("step %d is not published: %s", step, e)
-        if (ref := self._refs[step]) != self._sent[step]:
-            self.submit(ref)
 
 
 def _inner(future: PrefectConcurrentFuture) -> "Future[Any]":

@@ -2,17 +2,12 @@
 
 import threading
 import time
-from concurrent.futures import Future
-from types import SimpleNamespace
 
 import pytest
 
 from tasks import copies as module
 from tasks.copies import Copies
-from tasks.refs import CheckpointRef, DataRef
 from tasks.stores.base import refused
-from tasks.uploads import Uploads
-from tasks.writer import writing
 from trainer.errors import StorageError
 
 
@@ -93,31 +88,3 @@ def test_nothing_counts_as_published_before_the_store_was_asked():
     copies.add(20, "def")
     copies.remove(10)
     assert copies.ask(Store()) == {20: "def"}, "it is asked once"
-
-
-def test_a_step_that_is_trained_again_while_its_old_copy_is_on_the_way_is_published_behind_it(monkeypatch, micro, tmp_path):
-    flights = []
-
-    class Flight:
-        def __init__(self, ref):
-            self.ref, self.wrapped_future = ref, Future()
-            self.result = self.wrapped_future.result
-
-    def submit(config, ref, data, run_dir):
-        flights.append(Flight(ref))
-        return flights[-1]
-
-    monkeypatch.setattr("tasks.uploads.publish_checkpoint", SimpleNamespace(submit=submit))
-    with writing(micro(), tmp_path / "run") as writer:
-        uploads = Uploads(writer.config, writer)
-        uploads.begin(DataRef(path="data", digest="d"), CheckpointRef(step=0, manifest_crc32c="0"))
-        old, new = (CheckpointRef(step=2, manifest_crc32c=crc) for crc in "ab")
-        for ref in (old, old, new):
-            uploads.submit(ref)
-        assert [f.ref for f in flights] == [old]
-        flights[0].wrapped_future.set_result(None)
-        uploads._settle_done()
-        assert [f.ref for f in flights] == [old, new]
-        flights[1].wrapped_future.set_result(None)
-        uploads._settle_done()
-        assert len(flights) == 2 and not uploads._flying
