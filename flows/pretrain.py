@@ -59,7 +59,8 @@ def pretrain(config: RunConfig, run_dir: str | None = None, require_exact: bool 
                 ref = value_of(train_chunk(config, ref, end))
             if ref.step == end and validates(config, end):
                 validate(config, ref)
-            uploads.submit(ref)
+            if ref.step == end or ref.stop:  # nothing keeps for its copy what a rollback went back to
+                uploads.submit(ref)
             uploads.look()
             report_progress(writer, ref)
             if ref.stop:

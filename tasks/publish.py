@@ -51,10 +51,17 @@ def publish_checkpoint(config: RunConfig, ref: CheckpointRef, data: DataRef, run
         return already_done(PublishedRef(step=ref.step, url=store.address), f"step {ref.step} is published")
     folder = place.checkpoints / manifest.name_of(ref.step)
     others = beside(place, Path(data.path), newest=max([ref.step, *known]))  # one made again must not take rows from newer ones
+
+    def publish() -> str:
+        if not (folder / manifest.NAME).exists() or not standing(place, {ref.step: ref.manifest_crc32c}):
+            # A copy that was begun may fail because of this, and would fail for ever.
+            raise DamagedError(f"checkpoint {ref.step} is no longer here: it was rolled back or removed before it was published")
+        return store.publish(ref.step, folder, others)
+
     try:
-        url = copies.insist(lambda: store.publish(ref.step, folder, others))
+        url = copies.insist(publish)
     except DamagedError:
-        stands = standing(place, {ref.step: ref.manifest_crc32c})
+        stands = folder.exists() and standing(place, {ref.step: ref.manifest_crc32c})
         # The run does not need it; kept here, no end of the run would be well.
         if stands and ref.step < manifest.steps_in(place.checkpoints)[-1]:
             set_aside(place, ref.step, manifest.problems(folder, ref.step))

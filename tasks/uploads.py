@@ -14,7 +14,7 @@ from prefect.futures import PrefectConcurrentFuture
 
 from configs.run import RunConfig, chunk_ends
 from trainer import manifest
-from trainer.errors import DamagedError, StorageError
+from trainer.errors import StorageError
 
 from .publish import publish_checkpoint, tidy, withdraw_copies
 from .refs import CheckpointRef, DataRef
@@ -33,7 +33,7 @@ class Uploads:
     def __init__(self, config: RunConfig, writer: Writer):
         self._config, self._writer, self._copies = config, writer, writer.copies
         self._data: DataRef | None = None
-        self._flying: dict[int, PrefectConcurrentFuture] = {}
+        self._flying: dict[CheckpointRef, PrefectConcurrentFuture] = {}  # a step trained again may follow its older self
         self._tidying: list[PrefectConcurrentFuture] = []
         self._failed: dict[int, Exception] = {}
 
@@ -54,17 +54,17 @@ class Uploads:
 
     def submit(self, ref: CheckpointRef) -> None:
         """Begin to publish a commit, unless that is under way."""
-        if self._config.publish.kind != "none" and ref.step not in self._flying:
+        if self._config.publish.kind != "none" and ref not in self._flying:
             assert self._data is not None, "begin comes first"
             self._failed.pop(ref.step, None)
             future = publish_checkpoint.submit(self._config, ref, self._data, str(self._writer.run_dir.path))
-            self._flying[ref.step] = cast(Any, future)
+            self._flying[ref] = cast(Any, future)
 
     def look(self) -> None:
         """Take note of those that are through, and remove what nothing keeps any more, here at once and in the store later."""
-        for step, future in list(self._flying.items()):
+        for ref, future in list(self._flying.items()):
             if _inner(future).done():  # the future's own `state` would ask the server
-                self._settle(step, future)
+                self._settle(ref, future)
         self._tidying = [future for future in self._tidying if not _inner(future).done()]
         known = {} if self._copies.closed else self._copies.known
         if gone := sorted(set(tidy(self._config, self._writer.run_dir, known)) & known.keys()):
@@ -82,9 +82,11 @@ class Uploads:
         self._copies.hurry()
         with self._writer.stops.interruptible():
             if self._flying and (trouble := self._copies.trouble):
-                log.info("all is trained; waiting up to %g s to publish steps %s: %s", limit, _steps(self._flying), trouble)
+                log.info(
+                    "all is trained; waiting up to %g s to publish steps %s: %s", limit, _steps({ref.step for ref in self._flying}), trouble
+                )
             wait([_inner(f) for f in self._flying.values()], timeout=deadline - time.monotonic())
-            late = [step for step, future in self._flying.items() if not _inner(future).done()]
+            late = {ref.step for ref, future in self._flying.items() if not _inner(future).done()}
             if late:
                 self._copies.close()
                 wait([_inner(f) for f in self._flying.values()], timeout=LAST_WORDS)
@@ -100,14 +102,24 @@ class Uploads:
             "here, and `everstep resume` publishes them"
         )
 
-    def _settle(self, step: int, future: PrefectConcurrentFuture) -> None:
-        del self._flying[step]
+    def _settle(self, ref: CheckpointRef, future: PrefectConcurrentFuture) -> None:
+        del self._flying[ref]
         try:
             future.result()
         except Exception as e:  # whatever it is, it is no reason to train no further
-            if not isinstance(e, DamagedError) or (self._writer.run_dir.checkpoints / manifest.name_of(step)).exists():
-                self._failed[step] = e
-            log.warning("step %d is not published: %s", step, e)
+            if self._is_here(ref):
+                self._failed[ref.step] = e
+            log.warning("step %d is not published: %s", ref.step, e)
+
+    def _is_here(self, ref: CheckpointRef) -> bool:
+        """Whether the checkpoint that was to be published is still wanted: not set aside as damaged, and not trained again since."""
+        folder = self._writer.run_dir.checkpoints / manifest.name_of(ref.step)
+        try:
+            return manifest.own_crc(folder) == ref.manifest_crc32c
+        except (ValueError, KeyError):
+            return True
+        except OSError:
+            return folder.exists()
 
 
 def _inner(future: PrefectConcurrentFuture) -> "Future[Any]":
