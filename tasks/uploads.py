@@ -4,6 +4,7 @@ A store that is away is tried until it is back, however long that takes; what wa
 small record for each step, while the files wait in the run directory. The flow asks nothing of the store itself.
 """
 
+import contextlib
 import logging
 import time
 from concurrent.futures import Future, wait
@@ -78,7 +79,8 @@ class Uploads:
         limit = self._config.publish.wait_seconds
         deadline = time.monotonic() + limit
         for step in [*self._failed]:
-            self.submit(commit_of(self._writer.run_dir, step))
+            with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: it stays among what is missing
+                self.submit(commit_of(self._writer.run_dir, step))
         self._copies.hurry()
         with self._writer.stops.interruptible():
             if self._flying and (trouble := self._copies.trouble):
@@ -97,9 +99,10 @@ class Uploads:
         if not missing:
             return None
         why = self._copies.trouble or next(iter(self._failed.values()), "they take longer than that")
+        waited = f" after {limit:g} s (publish.wait_seconds)" if late else ""
         return StorageError(
-            f"all is trained, but steps {_steps(missing)} are not published after {limit:g} s (publish.wait_seconds): {why}; they are kept "
-            "here, and `everstep resume` publishes them"
+            f"all is trained, but steps {_steps(missing)} are not published{waited}: {why}; they are kept here, and `everstep resume` "
+            "publishes them"
         )
 
     def _settle(self, ref: CheckpointRef, future: PrefectConcurrentFuture) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.preparation import prepare
-from tasks.preparation.sources.read import find_files
+from tasks.preparation.sources.find import find_files, storage_errors
 from tests.tasks.test_preparation import small, some_texts
 from tests.tasks.test_sources import jsonl, parquet, read
 from trainer.errors import DataError, StorageError
@@ -66,6 +66,14 @@ def test_a_bucket_that_fails_for_a_while_costs_no_text_and_one_that_stays_away_i
         with pytest.raises(StorageError, match=r"gs://bucket/texts\S* could not be read") as failed:
             prepare(config, cache=tmp_path / "never")
         assert failed.value.retryable
+
+
+@pytest.mark.parametrize("answer", [b'{"items": [{"name" "a"}]}', b'{"items": [{"name": "\xff"}]}'])
+def test_an_answer_that_was_damaged_on_its_way_is_asked_for_again(answer):
+    with pytest.raises(StorageError, match="gs://bucket/texts could not be read: its store's answer was damaged") as failed:
+        with storage_errors("gs://bucket/texts"):
+            json.loads(answer)
+    assert failed.value.retryable
 
 
 def test_what_a_bucket_refuses_or_does_not_have_is_said_once_with_the_way_out(bucket, tmp_path):

@@ -1,6 +1,7 @@
 """Uploads in the background, beside training that may go back and make the same steps again."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -90,3 +91,17 @@ def test_a_copy_of_what_was_removed_meanwhile_is_given_up(place, monkeypatch):
         running.submit(commit_of(run_dir, 20))
         assert running.finish() is None
     assert list(store.published()) == [20]
+
+
+def test_a_newest_checkpoint_that_cannot_be_published_is_named_at_the_end(place):
+    config, run_dir, store = place([10, 20])
+    with writing(config, run_dir.path) as writer, Uploads(config, writer) as running:
+        running.begin(data(run_dir), commit_of(run_dir, 20))
+        ref = commit_of(run_dir, 20)
+        (run_dir.checkpoints / manifest.name_of(20) / manifest.NAME).write_text("{")
+        running.submit(ref)
+        while running.look() or not running._failed:
+            time.sleep(0.01)
+        late = running.finish()
+    assert str(late).startswith("all is trained, but steps 20 are not published: checkpoint 20 is damaged")
+    assert list(store.published()) == [10]

@@ -24,6 +24,8 @@ VERSION_KEYS = (
     "Last-Modified", "Content-MD5", "sha256", "blob_id", "last_commit", "content_settings", "updated",
 )  # fmt: skip
 
+GARBLED = (json.JSONDecodeError, UnicodeDecodeError)  # what a damaged listing comes to; texts are decoded elsewhere
+
 
 def format_of(path: str) -> tuple[Format | None, str]:
     """The format of a file by its name, None if it is none that is read, and the suffix of its compression, or ""."""
@@ -47,6 +49,8 @@ def storage_errors(path: str, *, wants: str = "") -> Iterator[None]:
         wants = wants or f"set data.path to a file, a folder, a glob or a URL of {KNOWN}"
         raise DataError(f"there is no {path}; {wants}") from e
     except Exception as e:
+        if isinstance(e, GARBLED):
+            raise StorageError(f"{path} could not be read: its store's answer was damaged on the way ({e})") from e
         if not isinstance(e, OSError) and type(e).__module__.split(".")[0] not in OF_STORES:
             raise
         if _is_refusal(e):
