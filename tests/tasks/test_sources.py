@@ -4,6 +4,7 @@ import functools
 import gzip
 import http.server
 import io
+import itertools
 import json
 import lzma
 import os
@@ -264,6 +265,15 @@ def test_a_damaged_byte_crashes_nothing(tmp_path_factory, kind, at, flip):
     path.write_bytes(bytes(data))
     texts, bad, left = read(path)
     assert texts or bad or left
+
+
+def test_a_stream_whose_first_length_is_damaged_loses_no_row_unsaid(tmp_path):
+    data = KINDS["arrows"](TEXTS)
+    for at, flip in itertools.product(range(4, 8), range(1, 256)):
+        path = tmp_path / "a.arrows"
+        path.write_bytes(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
+        texts, bad, _ = read(path)
+        assert bad or texts == TEXTS, (at, flip)
 
 
 def test_rows_of_tables_that_are_no_text_are_named_with_their_number(tmp_path):

@@ -100,7 +100,8 @@ def test_a_newest_checkpoint_that_cannot_be_published_is_named_at_the_end(place)
         ref = commit_of(run_dir, 20)
         (run_dir.checkpoints / manifest.name_of(20) / manifest.NAME).write_text("{")
         running.submit(ref)
-        while running.look() or not running._failed:
+        while not running._failed:
+            running.look()
             time.sleep(0.01)
         late = running.finish()
     assert str(late).startswith("all is trained, but steps 20 are not published: checkpoint 20 is damaged")

@@ -73,6 +73,9 @@ class Arrow(Table):
             if stream.read(len(BEGIN)) != BEGIN:  # read as the form of before 2019, other bytes may mean a stream of nothing
                 yield damaged(row, "Arrow", OSError("it does not begin as a stream does"))
                 return
+            if _swallows(stream, size):
+                yield damaged(row, "Arrow", OSError("the length of its schema is damaged"))
+                return
             stream.seek(0)
             reader = pa.ipc.open_stream(stream)
             if (problem := missing(reader.schema.names, wanted)) is not None:
@@ -89,3 +92,11 @@ class Arrow(Table):
             if of_store(e):
                 raise
             yield damaged(row, "Arrow", e)
+
+
+def _swallows(stream: IO[bytes], size: int) -> bool:
+    """Whether the first message, whose length comes next, holds what begins like another: too long, it would take rows for itself."""
+    length = int.from_bytes(stream.read(4), "little", signed=True)
+    content = stream.read(max(0, min(length, size)))
+    begins = (i for i in range(0, len(content) - len(END), 8) if content[i : i + len(BEGIN)] == BEGIN)  # messages lie at multiples of 8
+    return any(int.from_bytes(content[i + 4 : i + 8], "little") <= size for i in begins)
